@@ -108,7 +108,13 @@ class MicaError(Exception):
     """
 
     def __init__(
-        self, code: Code, message: str, *, hint: str = "", retryable: bool = False, details: dict[str, Any] | None = None
+        self,
+        code: Code,
+        message: str,
+        *,
+        hint: str = "",
+        retryable: bool = False,
+        details: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code

@@ -1,0 +1,133 @@
+"""What the engine needs from a monitor of virtual machines."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from mica.model.image import DirectBoot
+from mica.model.units import Bytes
+from mica.model.vm import AgentState, NicRuntime, Vm, VmRuntime, VmSpec
+from mica.ports.volumes import Volume
+
+
+class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a monitor needs to start a VM: values made by other adapters, no promises.
+
+    ``boot_files`` are kernel and initial RAM file system on this host, with ``direct_boot`` telling the command line.
+    """
+
+    vm: Vm
+    volumes: tuple[Volume, ...]
+    nics: tuple[NicRuntime, ...]
+    slice: dict[str, Any]
+    read_only_paths: tuple[Path, ...] = ()
+    direct_boot: DirectBoot | None = None
+    kernel: Path | None = None
+    initrd: Path | None = None
+
+
+class RunState(StrEnum):
+    """What the monitor says. ``paused`` covers every reason for which no vCPU runs; ``reason`` tells which."""
+
+    PRELAUNCH = "prelaunch"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTDOWN = "shutdown"
+    FAILED = "failed"
+
+
+class MachineStatus(msgspec.Struct, frozen=True):
+    """One look at a machine. ``reason`` is for people and empty when there is nothing to say."""
+
+    run: RunState
+    agent: AgentState
+    reason: str = ""
+
+
+class EventKind(StrEnum):
+    RESUMED = "resumed"
+    PAUSED = "paused"
+    SHUTDOWN = "shutdown"
+    RESET = "reset"
+    PANICKED = "panicked"
+    IO_ERROR = "io-error"
+    AGENT = "agent"
+    EXITED = "exited"
+
+
+class MachineEvent(msgspec.Struct, frozen=True):
+    """Something happened; look again. ``detail`` is for people. The last event of a machine is ``exited``."""
+
+    kind: EventKind
+    detail: str = ""
+
+
+class Exit(msgspec.Struct, frozen=True):
+    """How a machine's process ended: ``status`` is the exit status when it is known, negative for a signal."""
+
+    status: int | None
+    last_words: str = ""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Real use on the host: processor seconds since start, memory in bytes (shared parts by their share)."""
+
+    cpu_s: float
+    memory: Bytes
+    oom_kills: int = 0
+
+
+class Machine(Protocol):
+    """A live machine. Every method raises ``qemu-failed`` or ``timeout`` and leaves the machine as it was."""
+
+    async def observe(self) -> MachineStatus: ...
+
+    async def resume(self) -> None: ...
+
+    async def pause(self) -> None: ...
+
+    async def power_button(self) -> None:
+        """Press it; whether the guest reacts is its own affair."""
+
+    async def kill(self) -> None:
+        """End the process now and wait until it is gone. A dead machine is not an error."""
+
+    async def apply(self, spec: VmSpec) -> None:
+        """Bring what can change at run time (disk limits) to what ``spec`` says."""
+
+    def events(self) -> AsyncIterator[MachineEvent]:
+        """Events from now on, for one reader, ending with ``exited``."""
+
+    async def ended(self) -> Exit:
+        """Wait until the process has ended."""
+
+
+class Hypervisor(Protocol):
+    """Starts machines and finds them again. Machines outlive whoever started them."""
+
+    def overhead(self, spec: VmSpec) -> Bytes:
+        """Memory beyond the guest's RAM that such a machine takes, measured on this host's builds."""
+
+    async def check(self, spec: VmSpec) -> None:
+        """Raises ``invalid`` or ``host-lacks`` when this host could never run it, naming the field and the limit."""
+
+    async def launch(self, plan: LaunchPlan) -> VmRuntime:
+        """Start the process with its vCPUs held; return when it answers. Nothing is left behind when it raises.
+
+        Idempotent for one ``plan.vm.id``: what an interrupted launch of the same VM left is ended first.
+        Raises ``qemu-failed`` with QEMU's last words, ``host-lacks``, ``timeout``.
+        """
+
+    async def attach(self, runtime: VmRuntime) -> Machine | None:
+        """Connect to a machine that was launched, perhaps by an earlier daemon; ``None`` when it is gone."""
+
+    async def cleanup(self, vm_id: str, runtime: VmRuntime | None) -> None:
+        """End a machine that may be left of ``vm_id`` and remove everything but its disks. Idempotent."""
+
+    async def leftovers(self, known: set[str]) -> list[str]:
+        """Ids of VMs that have something on this host although they are not in ``known``."""

@@ -1,0 +1,37 @@
+"""What the engine needs to give a VM its share of the host and no more."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+
+from mica.model.units import Bytes
+
+
+class SliceLimits(msgspec.Struct, frozen=True):
+    """Ceilings: ``cpus`` in host processors, ``memory`` in bytes; ``None`` is no ceiling."""
+
+    cpus: float | None
+    memory: Bytes | None
+
+
+class SliceUsage(msgspec.Struct, frozen=True):
+    """``None`` where the host cannot tell."""
+
+    cpu_s: float | None
+    memory: Bytes | None
+    oom_kills: int = 0
+
+
+class Slices(Protocol):
+    """Control groups, whichever kind the host has. All verbs are idempotent; a handle is plain JSON."""
+
+    async def create(self, vm_id: str, limits: SliceLimits) -> dict[str, Any]: ...
+
+    async def update(self, handle: dict[str, Any], limits: SliceLimits) -> None: ...
+
+    async def usage(self, handle: dict[str, Any]) -> SliceUsage: ...
+
+    async def remove(self, handle: dict[str, Any]) -> None:
+        """Remove it once it is empty. Raises ``in-use`` when a process stays in it beyond a deadline."""
