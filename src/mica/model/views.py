@@ -1,0 +1,218 @@
+"""What the API shows: the rows of the engine put together for a reader. Requests bodies are here too.
+
+These are the public shapes: ``openapi.json`` is generated from them, and the client and the command line use them.
+Times are Unix seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from mica.model.image import Firmware, Image, ImageRecipe
+from mica.model.operation import Operation
+from mica.model.units import Bytes
+from mica.model.vm import (
+    DiskSpec,
+    Machine,
+    NicRuntime,
+    NicSpec,
+    Power,
+    ProcessRef,
+    Publish,
+    VmObserved,
+    VmSpec,
+)
+
+
+class VmUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Real use on the host. ``cpu`` is in host processors, averaged over the last seconds; ``None``: not known (yet).
+
+    ``memory`` counts what this VM alone costs: its QEMU, its network process, and its part of what is shared.
+    """
+
+    cpu: float | None = None
+    cpu_s: float | None = None
+    memory: Bytes | None = None
+    disk: Bytes | None = None
+
+
+class VmView(msgspec.Struct, frozen=True, kw_only=True):
+    """One VM: intent (``spec``, ``intent``), observed, and the operations about it.
+
+    ``generation`` is what ``If-Match`` takes. ``pending`` names the fields of ``spec`` that wait for a restart.
+    ``operations`` are the ids of operations that are queued or running. ``reduced`` says in words what this VM does
+    not get on this host, the jail being its only boundary under TCG among them.
+    """
+
+    id: str
+    name: str
+    generation: int
+    intent: Power
+    spec: VmSpec
+    observed: VmObserved
+    labels: dict[str, str]
+    description: str
+    image_name: str
+    created_at: float
+    created_by: str
+    deleted_at: float | None = None
+    expires_at: float | None = None
+    pending: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
+    accelerator: str = ""
+    process: ProcessRef | None = None
+    nics: tuple[NicRuntime, ...] = ()
+    usage: VmUsage = VmUsage()
+    reduced: tuple[str, ...] = ()
+
+
+class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/vms``. What is left out comes from the image; ``image`` is a name or digest, empty for none.
+
+    ``name`` empty: one is made from the image's. ``disk`` is the size of the root disk (at least the image's), ``disks``
+    are further, empty ones. ``start`` starts it too, ``overcommit`` insists where memory does not suffice.
+    """
+
+    name: str = ""
+    image: str = ""
+    cpus: int | None = None
+    memory: Bytes | None = None
+    disk: Bytes | None = None
+    disks: tuple[DiskSpec, ...] = ()
+    nics: tuple[NicSpec, ...] | None = None
+    publish: tuple[Publish, ...] = ()
+    machine: Machine = Machine.Q35
+    firmware: Firmware | None = None
+    cpu_model: str = ""
+    cpu_limit: float | None = None
+    boot: tuple[str, ...] = ()
+    display: bool = True
+    autostart: bool = False
+    protected: bool = False
+    ephemeral: bool = False
+    hostname: str = ""
+    stop_timeout_s: float = 60.0
+    labels: dict[str, str] = {}
+    description: str = ""
+    start: bool = False
+    overcommit: bool = False
+
+
+class VmStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``paused`` leaves the vCPUs held; ``overcommit`` insists where memory does not suffice."""
+
+    paused: bool = False
+    overcommit: bool = False
+
+
+class VmStop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``force`` does not ask the guest; ``timeout_s`` is how long it is asked before it is forced (spec's if ``None``)."""
+
+    force: bool = False
+    timeout_s: float | None = None
+
+
+class VmDelete(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``purge`` deletes at once instead of into the trash; ``force`` stops it first."""
+
+    purge: bool = False
+    force: bool = False
+
+
+class VmRestore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``name`` is the new name when the old one has been taken meanwhile."""
+
+    name: str = ""
+
+
+class VmSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``PATCH /v1/vms/{id}``: fields left out stay. A label with value ``None`` is removed."""
+
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    description: str | msgspec.UnsetType = msgspec.UNSET
+    labels: dict[str, str | None] | msgspec.UnsetType = msgspec.UNSET
+    cpus: int | msgspec.UnsetType = msgspec.UNSET
+    memory: Bytes | msgspec.UnsetType = msgspec.UNSET
+    cpu_limit: float | msgspec.UnsetType | None = msgspec.UNSET
+    cpu_model: str | msgspec.UnsetType = msgspec.UNSET
+    disks: tuple[DiskSpec, ...] | msgspec.UnsetType = msgspec.UNSET
+    nics: tuple[NicSpec, ...] | msgspec.UnsetType = msgspec.UNSET
+    boot: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    display: bool | msgspec.UnsetType = msgspec.UNSET
+    autostart: bool | msgspec.UnsetType = msgspec.UNSET
+    protected: bool | msgspec.UnsetType = msgspec.UNSET
+    stop_timeout_s: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class ImageView(msgspec.Struct, frozen=True, kw_only=True):
+    """An image on this host; ``used_by`` are names of VMs made from it. ``damaged`` says what verification found."""
+
+    image: Image
+    generation: int
+    used_by: tuple[str, ...] = ()
+    verified_at: float | None = None
+    damaged: str = ""
+
+
+class ImageMake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/images``."""
+
+    recipe: ImageRecipe
+
+
+class HostView(msgspec.Struct, frozen=True, kw_only=True):
+    """This host and its daemon. ``committed`` is memory promised to running VMs, overhead included."""
+
+    hostname: str
+    version: str
+    pid: int
+    home: str
+    started_at: float
+    cpus: int
+    memory: Bytes
+    available: Bytes
+    reserve: Bytes
+    committed: Bytes
+    vms: int
+    running: int
+    accelerator: str
+    qemu: str
+
+
+class Page(msgspec.Struct, frozen=True, kw_only=True):
+    """Keys shared by lists: ``next`` is the ``after`` of the next page, empty at the end."""
+
+    revision: int
+    next: str = ""
+
+
+class VmPage(Page, frozen=True, kw_only=True):
+    items: tuple[VmView, ...]
+
+
+class OperationPage(Page, frozen=True, kw_only=True):
+    items: tuple[Operation, ...]
+
+
+class ImagePage(Page, frozen=True, kw_only=True):
+    items: tuple[ImageView, ...]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One change: ``kind`` is ``vm``, ``operation`` or ``image``; ``object`` is its view now, ``None`` when it is gone.
+
+    ``revision`` is what ``since`` takes to go on from here.
+    """
+
+    revision: int
+    kind: str
+    id: str
+    object: Any = None
+
+
+class Resolve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an operator decides of a stuck operation: ``retry`` the undo, or ``accept`` what is left as it is."""
+
+    how: str
