@@ -68,9 +68,9 @@ class MachineEvent(msgspec.Struct, frozen=True):
 
 
 class Exit(msgspec.Struct, frozen=True):
-    """How a machine's process ended: ``status`` is the exit status when it is known, negative for a signal."""
+    """How a machine's process ended. ``clean``: it ended in order (the guest powered off, or it was asked to quit)."""
 
-    status: int | None
+    clean: bool
     last_words: str = ""
 
 

@@ -41,6 +41,9 @@ class Volumes(Protocol):
         ``in-use`` when another process holds it.
         """
 
+    async def settled(self, vm_id: str) -> None:
+        """The VM's process ended in order: its volumes need no check before the next start."""
+
     async def nvram(self, vm_id: str, firmware: Firmware, owner: tuple[int, int] | None) -> Volume | None:
         """The UEFI variable store of the VM, made from the host's template at first use; ``None`` without UEFI."""
 

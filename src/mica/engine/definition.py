@@ -1,0 +1,148 @@
+"""What a verb is made of: its parameters, what accepting it writes, and its ordered steps.
+
+Each step's ``do`` can be repeated and returns plain JSON. Its ``undo`` takes back whatever ``do`` may have done, also
+when ``do`` failed or was interrupted half way, and can be repeated too. The crash harness holds every verb to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import msgspec
+
+from mica.engine.records import Draft, Records, Versioned
+from mica.model.errors import Problem
+from mica.model.operation import Actor, Operation
+from mica.model.units import MIB, Bytes
+from mica.model.vm import Vm, VmStatus
+from mica.ports.clock import Clock
+from mica.ports.guests import Guests
+from mica.ports.host import Host
+from mica.ports.hypervisor import Hypervisor, Machine
+from mica.ports.images import Images
+from mica.ports.networks import Networks
+from mica.ports.slices import Slices
+from mica.ports.volumes import Volumes
+
+if TYPE_CHECKING:
+    from mica.model.transitions import VmVerb
+
+T = TypeVar("T")
+
+
+class NoParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters of a verb that has none."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What an administrator may tune. Sizes in bytes, times in seconds.
+
+    ``reserve`` is memory that VMs never get, so that the host need not kill anything; ``uid_base`` is the first user
+    id of jailed machines (``None``: no privileges to change user), to which a VM's slot is added.
+    """
+
+    reserve: Bytes = Bytes(512 * MIB)
+    trash_s: float = 7 * 86400.0
+    operation_retention_s: float = 30 * 86400.0
+    inbox_capacity: int = 16
+    uid_base: int | None = None
+    max_cpus_factor: int = 1
+
+
+class Machines(Protocol):
+    """The live machines, as their actors hold them."""
+
+    def machine(self, vm_id: str) -> Machine | None: ...
+
+    async def attach(self, vm_id: str) -> Machine | None:
+        """Connect to the VM's machine by its recorded runtime, and hand it to the VM's actor."""
+
+    def detach(self, vm_id: str) -> None:
+        """Forget the machine: its process is gone."""
+
+
+@dataclass(frozen=True)
+class Env:
+    """Everything a step may use. Built once, by the composition root."""
+
+    records: Records
+    clock: Clock
+    host: Host
+    hypervisor: Hypervisor
+    volumes: Volumes
+    networks: Networks
+    slices: Slices
+    images: Images
+    guests: Guests
+    policy: Policy
+    machines: Machines
+
+
+@dataclass
+class Context:
+    """One run of one operation. ``outputs`` are those of earlier steps; ``failure`` is set while unwinding."""
+
+    env: Env
+    operation: Operation
+    outputs: dict[str, Any]
+    report: Callable[[float | None, str], None]
+    failure: Problem | None = None
+
+    @property
+    def vm_id(self) -> str:
+        return self.operation.target.partition("/")[2]
+
+    def output(self, step: str, type_: type[T]) -> T:
+        """What an earlier step returned."""
+        return msgspec.convert(self.outputs[step], type_)
+
+    def params(self, type_: type[T]) -> T:
+        return msgspec.convert(self.operation.params, type_)
+
+
+Do = Callable[[Context], Awaitable[Any]]
+Undo = Callable[[Context], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """``cancellable``: ``do`` may be interrupted where it stands, its ``undo`` cleans up. ``timeout_s`` bounds each."""
+
+    name: str
+    do: Do
+    undo: Undo | None = None
+    cancellable: bool = True
+    timeout_s: float = 120.0
+
+
+@dataclass
+class Proposal:
+    """A request about to be accepted. ``plan`` checks it, writes what must be written at once into ``draft``, and may
+    replace ``params`` with what the steps need to know. ``vm`` and ``status`` are absent for a new VM or an image."""
+
+    env: Env
+    params: msgspec.Struct
+    by: Actor
+    draft: Draft
+    target_id: str
+    target_name: str = ""
+    vm: Versioned[Vm] | None = None
+    status: Versioned[VmStatus] | None = None
+    stored_params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One verb. ``noun`` is what it works on; ``state_verb`` ties it to the table of transitions."""
+
+    verb: str
+    noun: str
+    params: type[msgspec.Struct]
+    plan: Callable[[Proposal], Awaitable[None]]
+    steps: Callable[[Operation], Sequence[Step]]
+    state_verb: VmVerb | None = None
+    result: Callable[[Context], dict[str, Any]] = lambda _context: {}
+    creates: bool = False

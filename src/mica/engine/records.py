@@ -1,0 +1,197 @@
+"""The engine's rows, typed: what kinds there are, and how they are read and written by compare-and-swap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import msgspec
+
+from mica.model.errors import Code, MicaError, not_found
+from mica.model.image import Image
+from mica.model.operation import Operation
+from mica.model.units import Bytes
+from mica.model.vm import Vm, VmStatus
+from mica.ports.store import ABSENT, Conflict, Key, Store, Transaction
+
+T = TypeVar("T")
+
+# A row is contended by a handful of writers at most; more failures than this mean that something spins.
+MAX_ATTEMPTS = 32
+
+
+class Versioned(msgspec.Struct, Generic[T], frozen=True):
+    """A value and the generation it was read at."""
+
+    value: T
+    generation: int
+
+
+class ImageRow(msgspec.Struct, frozen=True):
+    """An image on this host. ``damaged`` is what verification found, empty when nothing."""
+
+    image: Image
+    verified_at: float | None = None
+    damaged: str = ""
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """A unique word (a name, a slot, an idempotency key) and the id that holds it."""
+
+    holder: str
+    note: str = ""
+    at: float = 0.0
+
+
+class Reservation(msgspec.Struct, frozen=True):
+    """Memory promised to one VM from the moment its start was accepted until its process is gone."""
+
+    ram: Bytes
+    overhead: Bytes
+
+
+class Ledger(msgspec.Struct, frozen=True):
+    """All promises of this host, by VM id. One row, so that two starts can never both take the last GiB."""
+
+    reserved: dict[str, Reservation] = {}
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """Facts about this home that outlive a daemon; ``boot_id`` is the host boot its last daemon served."""
+
+    boot_id: str = ""
+
+
+class Table(Generic[T]):
+    """Rows of one kind."""
+
+    def __init__(self, store: Store, kind: str, type_: type[T]) -> None:
+        self._store = store
+        self.kind = kind
+        self._decoder = msgspec.json.Decoder(type_)
+
+    def key(self, id_: str) -> Key:
+        return Key(self.kind, id_)
+
+    def decode(self, value: bytes) -> T:
+        return self._decoder.decode(value)
+
+    async def get(self, id_: str) -> Versioned[T] | None:
+        row = await self._store.get(self.key(id_))
+        return None if row is None else Versioned(self._decoder.decode(row.value), row.generation)
+
+    async def need(self, id_: str) -> Versioned[T]:
+        """As :meth:`get`; raises ``not-found``."""
+        found = await self.get(id_)
+        if found is None:
+            raise not_found(self.kind, id_)
+        return found
+
+    async def scan(self, *, after: str = "", limit: int | None = None) -> dict[str, Versioned[T]]:
+        rows = await self._store.scan(self.kind, after=after, limit=limit)
+        return {row.key.id: Versioned(self._decoder.decode(row.value), row.generation) for row in rows}
+
+    async def update(self, id_: str, change: Callable[[T], T], *, durable: bool = True) -> Versioned[T]:
+        """Read, change and write until nobody was quicker. ``change`` is pure; it may raise to give up.
+
+        Writes nothing when the value stays the same. Raises ``not-found``, ``busy``.
+        """
+        for _ in range(MAX_ATTEMPTS):
+            old = await self.need(id_)
+            new = change(old.value)
+            if new == old.value:
+                return old
+            draft = Draft()
+            draft.put(self, id_, new, old.generation)
+            try:
+                return Versioned(new, await self._store.commit(draft.transaction(), durable=durable))
+            except Conflict:
+                continue
+        raise contended(self.kind, id_)
+
+
+def contended(kind: str, id_: str) -> MicaError:
+    return MicaError(Code.BUSY, f"{kind} {id_} changes too quickly to write", hint="try again", retryable=True)
+
+
+class Draft:
+    """A transaction in the making."""
+
+    def __init__(self) -> None:
+        self._expect: dict[Key, int] = {}
+        self._put: dict[Key, bytes] = {}
+        self._delete: list[Key] = []
+
+    def expect(self, table: Table[T], id_: str, generation: int) -> None:
+        self._expect[table.key(id_)] = generation
+
+    def put(self, table: Table[T], id_: str, value: T, generation: int) -> None:
+        """Write, provided that the row still has ``generation`` (``ABSENT``: does not exist yet)."""
+        self._expect[table.key(id_)] = generation
+        self._put[table.key(id_)] = msgspec.json.encode(value)
+
+    def delete(self, table: Table[T], id_: str, generation: int | None = None) -> None:
+        if generation is not None:
+            self._expect[table.key(id_)] = generation
+        self._delete.append(table.key(id_))
+
+    def transaction(self) -> Transaction:
+        return Transaction(self._expect, self._put, tuple(self._delete))
+
+
+class Records:
+    """Every table of the engine over one store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.vms = Table(store, "vm", Vm)
+        self.statuses = Table(store, "vm.status", VmStatus)
+        self.names = Table(store, "vm.name", Claim)
+        self.slots = Table(store, "vm.slot", Claim)
+        self.operations = Table(store, "operation", Operation)
+        self.images = Table(store, "image", ImageRow)
+        self.ledger = Table(store, "ledger", Ledger)
+        self.keys = Table(store, "idempotency", Claim)
+        self.marks = Table(store, "mark", Mark)
+
+    async def commit(self, draft: Draft, *, durable: bool = True) -> int:
+        return await self.store.commit(draft.transaction(), durable=durable)
+
+    async def read_ledger(self) -> Versioned[Ledger]:
+        return await self.ledger.get("memory") or Versioned(Ledger(), ABSENT)
+
+    async def release(self, vm_id: str) -> None:
+        """Take back what was promised to a VM. Idempotent."""
+        for _ in range(MAX_ATTEMPTS):
+            ledger = await self.read_ledger()
+            if vm_id not in ledger.value.reserved:
+                return
+            left = {k: v for k, v in ledger.value.reserved.items() if k != vm_id}
+            draft = Draft()
+            draft.put(self.ledger, "memory", Ledger(left), ledger.generation)
+            try:
+                await self.commit(draft)
+            except Conflict:
+                continue
+            return
+        raise contended("ledger", "memory")
+
+    async def resolve_vm(self, ref: str) -> str:
+        """The id of the VM meant by a name, an id, or the unique beginning (8 characters or more) of an id."""
+        claim = await self.names.get(ref)
+        if claim is not None:
+            return claim.value.holder
+        if await self.vms.get(ref) is not None:
+            return ref
+        if len(ref) >= 8:
+            # Ids that begin with ``ref`` follow it directly in the order of the store.
+            near = await self.vms.scan(after=ref, limit=2)
+            hits = [id_ for id_ in near if id_.startswith(ref)]
+            if len(hits) == 1:
+                return hits[0]
+            if hits:
+                raise MicaError(Code.INVALID, f"{ref!r} begins the id of several VMs", hint="write more of it")
+        for id_, row in (await self.vms.scan()).items():
+            if row.value.name == ref and row.value.deleted_at is not None:
+                return id_
+        raise not_found("VM", ref, hint="`mica vm list --trash` lists them all")

@@ -1,0 +1,33 @@
+"""What the engine needs to speak with the system inside a VM."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from mica.model.vm import VmRuntime
+
+
+class GuestFacts(msgspec.Struct, frozen=True):
+    """What a guest says of itself: not to be trusted, only shown."""
+
+    hostname: str = ""
+    os: str = ""
+    addresses: tuple[str, ...] = ()
+
+
+class Guests(Protocol):
+    """The agents in the guests. Whatever they say is hostile input."""
+
+    async def facts(self, vm_id: str, runtime: VmRuntime) -> GuestFacts:
+        """Raises ``agent-unavailable``, ``agent-failed``, ``timeout``."""
+
+    async def shutdown(self, vm_id: str, runtime: VmRuntime) -> None:
+        """Ask the guest to power off. Returns when it has been asked."""
+
+    def port_changed(self, vm_id: str, runtime: VmRuntime, *, opened: bool) -> None:
+        """The guest opened or closed the agent's port."""
+
+    async def forget(self, vm_id: str) -> None:
+        """The VM's process is gone: close what is open, end what waits."""
