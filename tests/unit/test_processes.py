@@ -16,7 +16,6 @@ import pytest
 from mica.host.processes import (
     ExitStatus,
     LiveProcess,
-    ProcessRef,
     ResourceLimits,
     boot_id,
     find,
@@ -25,6 +24,7 @@ from mica.host.processes import (
     usage,
 )
 from mica.model.errors import Code, MicaError
+from mica.model.vm import ProcessRef
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Processes that outlive the daemon: start them, find them again, wait for them, signal them, measure them.
 
 A pid alone names nothing: it is reused, and a dead child stays visible as a zombie until somebody reaps it, so
-``kill(pid, 0)`` lies. A :class:`ProcessRef` therefore carries the pid, the start time in clock ticks since boot and
+``kill(pid, 0)`` lies. A :class:`~mica.model.vm.ProcessRef` therefore carries the pid, the start time in clock ticks since boot and
 the boot's id; :func:`find` opens a pidfd first and compares afterwards, so nothing can slip in between (pidfd_open(2),
 proc(5) field 22 of ``/proc/PID/stat``). From then on every signal goes through the pidfd and cannot hit a stranger.
 
@@ -25,6 +25,7 @@ from typing import Self
 import msgspec
 
 from mica.model.errors import Code, MicaError
+from mica.model.vm import ProcessRef
 
 CLEAN_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
@@ -32,14 +33,6 @@ CLEAN_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 """What a started program sees unless told otherwise: nothing of the daemon's own environment."""
 
 _LOG_MODE = 0o600
-
-
-class ProcessRef(msgspec.Struct, frozen=True):
-    """Names one process for ever: ``start_ticks`` is in clock ticks since boot, ``boot_id`` tells which boot."""
-
-    pid: int
-    start_ticks: int
-    boot_id: str
 
 
 class ResourceLimits(msgspec.Struct, frozen=True):
