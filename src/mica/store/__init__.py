@@ -1,0 +1,1 @@
+"""Adapters for :mod:`mica.ports.store`: in memory, and in SQLite (the default)."""
