@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from mica.host.programs import Answer, ask
 from mica.model.errors import Code, MicaError
 
 __all__ = ["Qemu", "QemuBuild", "find_tools", "search_path"]
@@ -43,7 +44,6 @@ PROPERTIES_OF = (
 )
 
 _FORMAT = 2
-_MAX_OUTPUT = 16 * 1024 * 1024
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 
@@ -182,11 +182,9 @@ class Qemu:
 
     async def _ask(self, path: Path, identity: str) -> QemuBuild:
         try:
-            async with asyncio.timeout(self._timeout_s), asyncio.TaskGroup() as group:
-                facts = group.create_task(_converse(path))
-                netdevs = group.create_task(_netdev_help(path))
-        except TimeoutError as error:
-            raise _broken(path, f"did not answer within {self._timeout_s:g} s") from error
+            async with asyncio.TaskGroup() as group:
+                facts = group.create_task(_converse(path, self._timeout_s))
+                netdevs = group.create_task(_netdev_help(path, self._timeout_s))
         except ExceptionGroup as several:
             raise several.exceptions[0] from several
         try:
@@ -214,36 +212,16 @@ def write_atomically(file: Path, data: bytes) -> None:
         raise
 
 
-def _broken(path: Path, what: str, words: bytes = b"") -> MicaError:
-    last = words.decode(errors="replace").strip().splitlines()[-1:]
-    said = f"; it said: {last[0][:300]}" if last else ""
+def _broken(path: Path, what: str, words: str = "") -> MicaError:
+    said = f"; it said: {words}" if words else ""
     return MicaError(Code.HOST_LACKS, f"{path} {what}{said}", hint=HINT, details={"path": str(path)})
 
 
-async def _run(path: Path, arguments: Iterable[str], stdin: bytes) -> tuple[int, bytes, bytes]:
-    """Run to its end. The process is dead and reaped when this returns or raises, also when it is cancelled."""
+async def _run(path: Path, arguments: Iterable[str], stdin: bytes, timeout_s: float) -> Answer:
     try:
-        process = await asyncio.create_subprocess_exec(
-            path,
-            *arguments,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise _broken(path, f"cannot be executed: {error.strerror or error}") from error
-    try:
-        out, err = await process.communicate(stdin)
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await asyncio.shield(process.wait())
-    if len(out) > _MAX_OUTPUT:
-        raise _broken(path, f"wrote {len(out)} bytes where a few hundred thousand were expected")
-    assert process.returncode is not None
-    return process.returncode, out, err
+        return await ask([str(path), *arguments], stdin=stdin, timeout_s=timeout_s)
+    except MicaError as error:
+        raise MicaError(Code.HOST_LACKS, error.message, hint=HINT, details={"path": str(path)}) from error
 
 
 _QUESTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -258,36 +236,36 @@ _QUESTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
-async def _converse(path: Path) -> dict[str, Any]:
+async def _converse(path: Path, timeout_s: float) -> dict[str, Any]:
     """All questions at once on standard input, all answers at the end: QMP executes commands in order."""
     lines = [{"execute": verb, "arguments": arguments, "id": key} for key, verb, arguments in _QUESTIONS]
     quit_line = {"execute": "quit", "id": "quit"}
     text = b"".join(msgspec.json.encode(line) + b"\n" for line in (*lines, quit_line))
     arguments = ("-M", "none", "-nodefaults", "-no-user-config", "-S", "-display", "none", "-qmp", "stdio")
-    status, out, err = await _run(path, arguments, text)
+    answer = await _run(path, arguments, text, timeout_s)
     answers: dict[str, Any] = {}
     try:
-        for line in out.splitlines():
+        for line in answer.out.splitlines():
             message = msgspec.json.decode(line)
             if "QMP" in message:
                 answers["greeting"] = message["QMP"]
             elif "return" in message:
                 answers[message["id"]] = message["return"]
     except (msgspec.MsgspecError, TypeError, KeyError) as error:
-        raise _broken(path, "does not speak QMP", err or out) from error
-    if status != 0:
-        raise _broken(path, f"ended with status {status} when asked what it can do", err)
+        raise _broken(path, "does not speak QMP", answer.last_words) from error
+    if answer.status != 0:
+        raise _broken(path, f"ended with status {answer.status} when asked what it can do", answer.last_words)
     if "greeting" not in answers or "quit" not in answers:
-        raise _broken(path, "did not answer on QMP", err or out)
+        raise _broken(path, "did not answer on QMP", answer.last_words)
     return answers
 
 
-async def _netdev_help(path: Path) -> tuple[str, ...]:
+async def _netdev_help(path: Path, timeout_s: float) -> tuple[str, ...]:
     """The back ends that are built in. The schema also names those that are not, so only the help is the truth."""
-    status, out, err = await _run(path, ("-netdev", "help"), b"")
-    if status != 0:
-        raise _broken(path, f"ended with status {status} on -netdev help", err)
-    lines = out.decode(errors="replace").splitlines()
+    answer = await _run(path, ("-netdev", "help"), b"", timeout_s)
+    if answer.status != 0:
+        raise _broken(path, f"ended with status {answer.status} on -netdev help", answer.last_words)
+    lines = answer.text.splitlines()
     return tuple(line.strip() for line in lines if line.strip() and " " not in line.strip())
 
 
@@ -339,6 +317,8 @@ def _build(path: Path, identity: str, answers: Mapping[str, Any], netdev_help: t
     schema = _Schema(answers["schema"])
     version, numbers = _version(answers["greeting"])
     machines = answers["machines"]
+    if not machines:
+        raise ValueError("no machine types")
     netdevs = schema.variants("netdev_add")
     types = frozenset(entry["name"] for entry in answers["types"])
     objects = schema.variants("object-add")
