@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
-from mica.engine.records import Draft, Records, Versioned
+from mica.engine.admission import Candidate
+from mica.engine.records import Draft, Ledger, Records, Versioned
 from mica.model.errors import Problem
 from mica.model.operation import Actor, Operation
-from mica.model.units import MIB, Bytes
+from mica.model.units import MIB
 from mica.model.vm import Vm, VmStatus
 from mica.ports.clock import Clock
 from mica.ports.guests import Guests
@@ -44,12 +45,22 @@ class Policy:
     id of jailed machines (``None``: no privileges to change user), to which a VM's slot is added.
     """
 
-    reserve: Bytes = Bytes(512 * MIB)
+    reserve: int = 512 * MIB
     trash_s: float = 7 * 86400.0
     operation_retention_s: float = 30 * 86400.0
     inbox_capacity: int = 16
     uid_base: int | None = None
-    max_cpus_factor: int = 1
+
+    def owner(self, slot: int) -> tuple[int, int] | None:
+        """User and group id of the machine in ``slot``; ``None``: the daemon's own."""
+        return None if self.uid_base is None else (self.uid_base + slot, self.uid_base + slot)
+
+
+class Sampler(Protocol):
+    """Recent use of the running VMs, from memory."""
+
+    def candidates(self, ledger: Ledger) -> list[Candidate]:
+        """Running VMs that could make room for another."""
 
 
 class Machines(Protocol):
@@ -79,6 +90,7 @@ class Env:
     guests: Guests
     policy: Policy
     machines: Machines
+    sampler: Sampler
 
 
 @dataclass

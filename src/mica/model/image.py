@@ -36,8 +36,8 @@ class ImageFile(msgspec.Struct, frozen=True):
 class DirectBoot(msgspec.Struct, frozen=True):
     """Kernel and initial RAM file system given to QEMU directly, skipping firmware and boot loader.
 
-    ``kernel`` and ``initrd`` name files of the image. With a disk, this is only a fast path: it is taken while the
-    disk has never been booted from its own loader, because a kernel upgrade inside the guest changes the disk only.
+    ``kernel`` and ``initrd`` name files of the image. An image with a disk boots from its own loader instead: a kernel
+    upgrade inside the guest changes the disk only, and the two would part.
     """
 
     kernel: str

@@ -213,7 +213,6 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     observed: VmObserved
     runtime: VmRuntime | None = None
-    direct_boot: bool = True
 
 
 def check_name(name: str, noun: str = "name") -> str:

@@ -24,3 +24,6 @@ class Capacity(msgspec.Struct, frozen=True):
 
 class Host(Protocol):
     def capacity(self) -> Capacity: ...
+
+    def boot_id(self) -> str:
+        """Another one after every boot of the host."""

@@ -126,6 +126,9 @@ class Hypervisor(Protocol):
     async def attach(self, runtime: VmRuntime) -> Machine | None:
         """Connect to a machine that was launched, perhaps by an earlier daemon; ``None`` when it is gone."""
 
+    async def autopsy(self, runtime: VmRuntime) -> Exit:
+        """How a machine that is gone ended, from what it left behind."""
+
     async def cleanup(self, vm_id: str, runtime: VmRuntime | None) -> None:
         """End a machine that may be left of ``vm_id`` and remove everything but its disks. Idempotent."""
 

@@ -1,0 +1,80 @@
+"""Loops that bring the world to what the store says, or the store to what is seen.
+
+Each takes no arguments, looks at everything it cares for each time, may run twice or be killed anywhere, and does not
+retry within: the next round is the retry. :class:`Loop` runs one; ``status`` says how its last round went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from mica.engine.definition import Env
+from mica.engine.reconcilers import actors, autostart, guests, images, ledger, leftovers, retention, trash, usage
+from mica.model.errors import MicaError
+from mica.ports.clock import Clock
+
+if TYPE_CHECKING:
+    from mica.engine.engine import Engine
+
+log = structlog.get_logger()
+
+
+class LoopStatus(msgspec.Struct, frozen=True):
+    """``rounds`` so far, when the last ended (Unix seconds), what it said or why it failed."""
+
+    rounds: int = 0
+    at: float = 0.0
+    said: str = ""
+    failed: str = ""
+
+
+class Loop:
+    """Runs ``work`` every ``period_s`` seconds, first after ``first_s``."""
+
+    def __init__(
+        self, name: str, work: Callable[[], Awaitable[str]], clock: Clock, period_s: float, first_s: float
+    ) -> None:
+        self.name = name
+        self.status = LoopStatus()
+        self.work = work
+        self._clock = clock
+        self._period_s = period_s
+        self._first_s = first_s
+
+    async def once(self) -> None:
+        try:
+            said, failed = await self.work(), ""
+        except MicaError as error:
+            said, failed = "", error.message
+            log.warning("reconciler", name=self.name, error=error.message)
+        except Exception as error:  # the root of this task: the next round is the retry
+            said, failed = "", f"{type(error).__name__}: {error}"
+            log.exception("reconciler", name=self.name)
+        if said:
+            log.info("reconciler", name=self.name, did=said)
+        self.status = LoopStatus(self.status.rounds + 1, self._clock.now(), said, failed)
+
+    async def run(self) -> None:
+        await self._clock.sleep(self._first_s)
+        while True:
+            await self.once()
+            await self._clock.sleep(self._period_s)
+
+
+def make_loops(env: Env, engine: Engine) -> list[Loop]:
+    """Every loop of the engine, in no particular order."""
+    return [
+        Loop("autostart", lambda: autostart.reconcile(env, engine), env.clock, 3600.0, 0.0),
+        Loop("images", lambda: images.reconcile(env), env.clock, 3600.0, 0.0),
+        Loop("leftovers", lambda: leftovers.reconcile(env), env.clock, 300.0, 2.0),
+        Loop("ledger", lambda: ledger.reconcile(env, engine), env.clock, 60.0, 5.0),
+        Loop("usage", lambda: usage.reconcile(env, engine), env.clock, 5.0, 0.5),
+        Loop("guests", lambda: guests.reconcile(env, engine), env.clock, 2.0, 0.5),
+        Loop("trash", lambda: trash.reconcile(env, engine), env.clock, 60.0, 10.0),
+        Loop("retention", lambda: retention.reconcile(env), env.clock, 600.0, 20.0),
+        Loop("actors", lambda: actors.reconcile(engine), env.clock, 60.0, 60.0),
+    ]

@@ -1,0 +1,293 @@
+"""The engine: accepts requests in one transaction, gives them to actors, and goes on where a daemon stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace as with_fields
+
+import msgspec
+import structlog
+
+from mica.engine.actor import Actor, VmActor, vm_verbs
+from mica.engine.definition import Definition, Env, Proposal
+from mica.engine.inbox import decide
+from mica.engine.reconcilers import make_loops
+from mica.engine.records import MAX_ATTEMPTS, Claim, Draft, contended
+from mica.engine.registry import DEFINITIONS
+from mica.engine.sampler import UsageSampler
+from mica.engine.views import Views
+from mica.model.errors import Code, MicaError, not_found
+from mica.model.operation import Actor as By
+from mica.model.operation import Operation, OperationState
+from mica.model.transitions import LIVE, Answer
+from mica.model.views import VmDelete
+from mica.ports.hypervisor import Machine
+from mica.ports.store import ABSENT, Conflict
+
+log = structlog.get_logger()
+replace = msgspec.structs.replace
+
+ENGINE = By("mica", "engine")
+
+
+class Engine:
+    """One host's engine. Use :meth:`running`; every other method needs it to run.
+
+    ``env`` comes without machines and sampler: the engine is the former and makes the latter.
+    """
+
+    def __init__(self, env: Env) -> None:
+        self.sampler = UsageSampler(env)
+        self.env = with_fields(env, machines=self, sampler=self.sampler)
+        self.views = Views(self.env, self)
+        self.loops = make_loops(self.env, self)
+        self._vms: dict[str, VmActor] = {}
+        self._others: dict[str, Actor] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self.round = 0
+
+    # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Engine]:
+        """Recover, then serve until the block ends. Ending is the same as being killed, only tidier."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            loops: list[asyncio.Task[None]] = []
+            try:
+                await self._recover()
+                loops = [group.create_task(loop.run(), name=loop.name) for loop in self.loops]
+                yield self
+            finally:
+                for task in loops:
+                    task.cancel()
+                actors = [*self._vms.values(), *self._others.values()]
+                await asyncio.gather(*(actor.stop() for actor in actors))
+                self._vms.clear()
+                self._others.clear()
+
+    async def _recover(self) -> None:
+        """Give every VM its actor and every unfinished operation to the actor of its target, oldest first."""
+        records = self.env.records
+        unfinished = [o.value for o in (await records.operations.scan()).values() if _active(o.value)]
+        for operation in sorted(unfinished, key=lambda o: (o.state is OperationState.QUEUED, o.created_at)):
+            self._actor(operation.target).enqueue(operation)
+        for vm_id, status in (await records.statuses.scan()).items():
+            if status.value.observed.state in LIVE:
+                self._actor(f"vm/{vm_id}")
+        for actor in [*self._vms.values(), *self._others.values()]:
+            actor.start()
+
+    def _actor(self, target: str, *, start: bool = False) -> Actor:
+        noun, _, id_ = target.partition("/")
+        assert self._group is not None
+        known: Actor | None = self._vms.get(id_) if noun == "vm" else self._others.get(target)
+        if known is None:
+            if noun == "vm":
+                known = self._vms[id_] = VmActor(self.env, id_, self._group, self._settled)
+            else:
+                known = self._others[target] = Actor(self.env, target, self._group)
+            if start:
+                known.start()
+        return known
+
+    async def retire_idle(self) -> None:
+        """Actors are cheap but not free: let those go that have no machine and nothing to do."""
+        for vm_id, actor in list(self._vms.items()):
+            if actor.idle and actor.machine is None and not actor.lock.locked():
+                status = await self.env.records.statuses.get(vm_id)
+                if (status is None or status.value.observed.state not in LIVE) and actor.idle:
+                    self._vms.pop(vm_id, None)
+                    await actor.stop()
+        for target, other in list(self._others.items()):
+            if other.idle and not other.lock.locked():
+                self._others.pop(target, None)
+                await other.stop()
+
+    async def _settled(self, vm_id: str) -> None:
+        """A VM's process ended by itself. An ephemeral one has then done its work."""
+        vm = await self.env.records.vms.get(vm_id)
+        if vm is not None and vm.value.spec.ephemeral:
+            await self.submit("vm.purge", vm_id, VmDelete(purge=True), by=ENGINE)
+
+    # ── machines, for the steps of operations ─────────────────────────────────────────────────────────────────────
+
+    def machine(self, vm_id: str) -> Machine | None:
+        actor = self._vms.get(vm_id)
+        return actor.machine if actor else None
+
+    async def attach(self, vm_id: str) -> Machine | None:
+        actor = self._vms.get(vm_id)
+        return await actor.attach() if actor else None
+
+    def waiting(self, vm_id: str) -> tuple[Operation, ...]:
+        """Operations on a VM that were accepted and have not ended, the running one first."""
+        actor = self._vms.get(vm_id)
+        return actor.waiting if actor else ()
+
+    def live(self) -> list[str]:
+        """Ids of the VMs whose machine is attached."""
+        return [vm_id for vm_id, actor in self._vms.items() if actor.machine is not None]
+
+    def detach(self, vm_id: str) -> None:
+        actor = self._vms.get(vm_id)
+        if actor is not None:
+            actor.detach()
+
+    # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def submit(
+        self,
+        verb: str,
+        target: str,
+        params: msgspec.Struct,
+        *,
+        by: By,
+        if_match: int | None = None,
+        idempotency_key: str = "",
+    ) -> Operation:
+        """Accept a request durably and return its operation; it may have ended already when nothing was to be done.
+
+        ``if_match`` is the generation that the target must have. The same ``idempotency_key`` of the same requester
+        returns the first operation again. Raises every code that refuses a request; then nothing was written.
+        """
+        definition = DEFINITIONS.get(verb)
+        if definition is None:
+            raise not_found("verb", verb)
+        if definition.noun == "vm" and not definition.creates:
+            target = await self.env.records.resolve_vm(target)
+        elif definition.creates:
+            target = str(uuid.uuid4())
+        digest = hashlib.sha256(msgspec.json.encode([verb, target if not definition.creates else "", params]))
+        key = f"{by.name}:{idempotency_key}" if idempotency_key else ""
+        actor = self._actor(f"{definition.noun}/{target}", start=True)
+        async with actor.lock:
+            for _ in range(MAX_ATTEMPTS):
+                if key and (known := await self._known(key, digest.hexdigest())):
+                    return known
+                try:
+                    operation = await self._accept(
+                        definition, target, params, by, if_match, (key, digest.hexdigest()), actor
+                    )
+                except Conflict:
+                    continue
+                if not operation.state.ended:
+                    self._actor(operation.target, start=True).enqueue(operation)
+                return operation
+        raise contended(definition.noun, target)
+
+    async def _known(self, key: str, digest: str) -> Operation | None:
+        claim = await self.env.records.keys.get(key)
+        if claim is None:
+            return None
+        if claim.value.note != digest:
+            raise MicaError(
+                Code.INVALID,
+                "that Idempotency-Key was used for another request",
+                hint="use a new key for each request, and the same one only to repeat it",
+            )
+        return (await self.env.records.operations.need(claim.value.holder)).value
+
+    async def _accept(
+        self,
+        definition: Definition,
+        target: str,
+        params: msgspec.Struct,
+        by: By,
+        if_match: int | None,
+        key: tuple[str, str],
+        actor: Actor,
+    ) -> Operation:
+        """One attempt to accept. Raises :class:`Conflict` when a row changed underneath."""
+        env, draft = self.env, Draft()
+        proposal = Proposal(env, params, by, draft, target)
+        answer = Answer.ACCEPT
+        if definition.noun == "vm" and not definition.creates:
+            proposal.vm = await env.records.vms.need(target)
+            proposal.status = await env.records.statuses.need(target)
+            proposal.target_name = proposal.vm.value.name
+            _check_generation(proposal.target_name, proposal.vm.generation, if_match)
+            assert definition.state_verb is not None
+            decision = decide(
+                proposal.target_name,
+                proposal.status.value.observed.state,
+                vm_verbs(actor.waiting),
+                definition.state_verb,
+                capacity=env.policy.inbox_capacity,
+            )
+            if decision.error is not None:
+                raise decision.error
+            answer = decision.answer
+        if answer is Answer.ACCEPT:
+            await definition.plan(proposal)
+        now = env.clock.now()
+        operation = Operation(
+            id=str(uuid.uuid4()),
+            verb=definition.verb,
+            target=f"{definition.noun}/{proposal.target_id}",
+            target_name=proposal.target_name,
+            params={**msgspec.to_builtins(params), **proposal.stored_params},
+            by=by,
+            created_at=now,
+        )
+        if answer is Answer.IGNORE:
+            operation = replace(
+                operation, state=OperationState.SUCCEEDED, started_at=now, ended_at=now, result={"already": True}
+            )
+        draft.put(env.records.operations, operation.id, operation, ABSENT)
+        if key[0]:
+            draft.put(env.records.keys, key[0], Claim(operation.id, key[1], now), ABSENT)
+        await env.records.commit(draft)
+        return operation
+
+    async def cancel(self, operation_id: str, *, by: By) -> Operation:
+        """Ask an operation to stop and undo what it did. Raises ``state-conflict`` when it has ended already."""
+        found = (await self.env.records.operations.need(operation_id)).value
+        if found.state.ended or found.state is OperationState.STUCK:
+            raise MicaError(
+                Code.STATE_CONFLICT, f"operation {operation_id[:8]} has {found.state} already", hint="nothing to cancel"
+            )
+        log.info("cancel", operation=operation_id, by=by.name)
+        written = await self.env.records.operations.update(
+            operation_id, lambda o: o if o.state.ended else replace(o, cancel_requested=True)
+        )
+        self._actor(found.target, start=True).cancel(operation_id)
+        return written.value
+
+    async def resolve(self, operation_id: str, how: str, *, by: By) -> Operation:
+        """An operator's word on a stuck operation: ``retry`` the undo, or ``accept`` what is left as it is."""
+        if how not in ("retry", "accept"):
+            raise MicaError(Code.INVALID, f"a stuck operation cannot be resolved by {how!r}", hint="retry or accept")
+        log.info("resolve", operation=operation_id, how=how, by=by.name)
+
+        def change(operation: Operation) -> Operation:
+            if operation.state is not OperationState.STUCK:
+                raise MicaError(Code.STATE_CONFLICT, f"operation {operation_id[:8]} is {operation.state}, not stuck")
+            if how == "accept":
+                return replace(operation, state=OperationState.FAILED, ended_at=self.env.clock.now())
+            # Without its failed undo the journal says that this undo has begun: the runner begins it again.
+            kept = tuple(e for e in operation.journal if e.event != "undo-failed")
+            return replace(operation, state=OperationState.UNWINDING, journal=kept)
+
+        operation = (await self.env.records.operations.update(operation_id, change)).value
+        if how == "retry":
+            self._actor(operation.target, start=True).enqueue(operation)
+        return operation
+
+
+def _active(operation: Operation) -> bool:
+    return not operation.state.ended and operation.state is not OperationState.STUCK
+
+
+def _check_generation(name: str, generation: int, if_match: int | None) -> None:
+    if if_match is not None and if_match != generation:
+        raise MicaError(
+            Code.GENERATION_CONFLICT,
+            f"VM {name} has generation {generation}, not {if_match}",
+            hint="somebody changed it: read it again and decide anew",
+            details={"generation": generation, "if_match": if_match},
+        )

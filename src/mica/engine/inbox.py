@@ -1,0 +1,53 @@
+"""The pure policy of a VM's inbox: accept a request, ignore it because it is so already, or deny it and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from mica.model.errors import Code, MicaError
+from mica.model.transitions import RULES, Answer, VmVerb, answer
+from mica.model.vm import VmState
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """``expected`` is the state the VM will be in when the request's turn comes."""
+
+    answer: Answer
+    expected: VmState
+    error: MicaError | None = None
+
+
+def expected_state(state: VmState, waiting: Sequence[VmVerb]) -> VmState:
+    """Where the VM will be after all that was accepted, if all goes well."""
+    for verb in waiting:
+        state = RULES[verb].leads_to or state
+    return state
+
+
+def decide(name: str, state: VmState, waiting: Sequence[VmVerb], verb: VmVerb, *, capacity: int) -> Decision:
+    """``waiting`` are the verbs accepted and not ended, oldest first, the running one among them."""
+    expected = expected_state(state, waiting)
+    if len(waiting) >= capacity:
+        error = MicaError(
+            Code.BUSY,
+            f"VM {name} has {len(waiting)} operations waiting already",
+            hint="wait for some of them: `mica operation list`",
+            retryable=True,
+        )
+        return Decision(Answer.DENY, expected, error)
+    said = answer(verb, expected)
+    # An "already so" holds only when nothing is under way that could still fail.
+    if said is Answer.IGNORE and waiting:
+        said = Answer.IGNORE if expected is state else Answer.DENY
+    if said is not Answer.DENY:
+        return Decision(said, expected)
+    after = f" once its {waiting[-1]} has ended" if waiting else ""
+    error = MicaError(
+        Code.STATE_CONFLICT,
+        f"VM {name} is {expected}{after}; {verb.removeprefix('vm.')} is not possible then",
+        hint=RULES[verb].hint,
+        details={"state": state.value, "expected": expected.value},
+    )
+    return Decision(Answer.DENY, expected, error)

@@ -1,0 +1,167 @@
+"""``image.make`` (build or import), ``image.verify`` and ``image.delete``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from mica.engine.definition import Context, Definition, NoParams, Proposal, Step
+from mica.engine.operations.vm_create import find_image
+from mica.engine.records import Draft, ImageRow
+from mica.model.errors import Code, MicaError
+from mica.model.image import Image
+from mica.model.views import ImageMake
+from mica.model.vm import check_name
+from mica.ports.store import ABSENT, Conflict
+
+replace = msgspec.structs.replace
+
+
+async def plan_make(proposal: Proposal) -> None:
+    assert isinstance(proposal.params, ImageMake)
+    proposal.target_name = check_name(proposal.params.recipe.name, "image name")
+
+
+async def make(context: Context) -> Image:
+    recipe = context.params(ImageMake).recipe
+    return await context.env.images.make(recipe, context.report)
+
+
+async def undo_make(context: Context) -> None:
+    """An image is kept by content, so what was made may be what was there before: only an unrecorded one goes."""
+    made = context.outputs.get("make")
+    if made is not None:
+        digest = msgspec.convert(made, Image).digest
+        if await context.env.records.images.get(digest) is None:
+            await context.env.images.remove(digest)
+
+
+async def record(context: Context) -> str:
+    """The name points at the new content; older images of that name stay while VMs use them."""
+    image = context.output("make", Image)
+    row = ImageRow(image, verified_at=context.env.clock.now())
+    known = await context.env.records.images.get(image.digest)
+    draft = Draft()
+    draft.put(context.env.records.images, image.digest, row, known.generation if known else ABSENT)
+    await context.env.records.commit(draft)
+    return image.digest
+
+
+async def undo_record(context: Context) -> None:
+    image = context.output("make", Image)
+    if not await users(context, image.digest):
+        draft = Draft()
+        draft.delete(context.env.records.images, image.digest)
+        await context.env.records.commit(draft)
+
+
+async def users(context: Context | Proposal, digest: str) -> list[str]:
+    """Names of the VMs, those in the trash included, that stand on the image."""
+    rows = await context.env.records.vms.scan()
+    return sorted(
+        row.value.name
+        for row in rows.values()
+        if row.value.spec.image == digest or any(d.image == digest for d in row.value.spec.disks)
+    )
+
+
+async def plan_existing(proposal: Proposal) -> None:
+    row = await find_image(proposal.env, proposal.target_id)
+    assert row is not None
+    proposal.target_id = row.image.digest
+    proposal.target_name = row.image.name
+
+
+async def plan_delete(proposal: Proposal) -> None:
+    await plan_existing(proposal)
+    _refuse_used(proposal.target_name, await users(proposal, proposal.target_id))
+    held = await proposal.env.records.images.need(proposal.target_id)
+    proposal.stored_params = {"row": msgspec.to_builtins(held.value)}
+
+
+def _refuse_used(name: str, by: list[str]) -> None:
+    if by:
+        some = ", ".join(by[:5]) + (f" and {len(by) - 5} more" if len(by) > 5 else "")
+        raise MicaError(
+            Code.IN_USE,
+            f"image {name} is used by {len(by)} VM{'s' if len(by) != 1 else ''}: {some}",
+            hint="delete them with --purge first (VMs in the trash count too)",
+            details={"used_by": by},
+        )
+
+
+async def unrecord(context: Context) -> None:
+    """From here no VM can be made from it. Creating one expects the row to be as it was, so the two cannot cross."""
+    digest = context.vm_id
+    held = await context.env.records.images.get(digest)
+    if held is None:
+        return
+    _refuse_used(held.value.image.name, await users(context, digest))
+    draft = Draft()
+    draft.delete(context.env.records.images, digest, held.generation)
+    await context.env.records.commit(draft)
+
+
+async def undo_unrecord(context: Context) -> None:
+    """Its files may be gone in part: it is shown as damaged until it has been verified."""
+    row = replace(msgspec.convert(context.operation.params["row"], ImageRow), damaged="not fully deleted")
+    draft = Draft()
+    draft.put(context.env.records.images, row.image.digest, row, ABSENT)
+    try:
+        await context.env.records.commit(draft)
+    except Conflict:
+        return  # it is there already
+
+
+async def remove(context: Context) -> None:
+    await context.env.images.remove(context.vm_id)
+
+
+async def verify(context: Context) -> None:
+    row = (await context.env.records.images.need(context.vm_id)).value
+    try:
+        await context.env.images.verify(row.image, context.report)
+    except MicaError as error:
+        if error.code in (Code.CORRUPT, Code.NOT_FOUND):
+            await _mark(context, error.message)
+        raise
+    await _mark(context, "")
+
+
+async def _mark(context: Context, damaged: str) -> None:
+    now = context.env.clock.now()
+    await context.env.records.images.update(context.vm_id, lambda row: replace(row, verified_at=now, damaged=damaged))
+
+
+def made(context: Context) -> dict[str, Any]:
+    image = context.output("make", Image)
+    return {"digest": image.digest, "name": image.name}
+
+
+MAKE_DEFINITION = Definition(
+    verb="image.make",
+    noun="image",
+    params=ImageMake,
+    plan=plan_make,
+    steps=lambda _: (
+        Step("make", make, undo_make, timeout_s=3600.0),
+        Step("record", record, undo_record, cancellable=False),
+    ),
+    result=made,
+    creates=True,
+)
+DELETE_DEFINITION = Definition(
+    verb="image.delete",
+    noun="image",
+    params=NoParams,
+    plan=plan_delete,
+    steps=lambda _: (Step("unrecord", unrecord, undo_unrecord), Step("remove", remove, cancellable=False)),
+)
+VERIFY_DEFINITION = Definition(
+    verb="image.verify",
+    noun="image",
+    params=NoParams,
+    plan=plan_existing,
+    steps=lambda _: (Step("verify", verify, timeout_s=3600.0),),
+)

@@ -1,0 +1,261 @@
+"""``vm.create``: the rows within the accepting transaction, then the volumes; with ``start``, up as ``vm.start`` does.
+
+When anything fails, nothing of the VM is left.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from mica.engine.definition import Context, Definition, Env, Proposal, Step
+from mica.engine.operations.starting import START, reserve
+from mica.engine.records import Claim, Draft, ImageRow
+from mica.engine.settle import moved, set_state
+from mica.model.errors import Code, MicaError, invalid
+from mica.model.image import Firmware, Image
+from mica.model.operation import Operation
+from mica.model.transitions import VmVerb
+from mica.model.units import MIB, Bytes, format_size
+from mica.model.views import VmCreate
+from mica.model.vm import (
+    DiskSpec,
+    Machine,
+    NicSpec,
+    Power,
+    Vm,
+    VmObserved,
+    VmSpec,
+    VmState,
+    VmStatus,
+    check_labels,
+    check_name,
+    check_spec,
+)
+from mica.ports.store import ABSENT
+from mica.ports.volumes import Volume
+
+replace = msgspec.structs.replace
+
+DEFAULT_MEMORY = Bytes(256 * MIB)
+# Slots number the VMs of a host; a private /24 network and a user id derive from each.
+MAX_SLOTS = 65536
+
+
+def generate_mac(vm_id: str, index: int) -> str:
+    """A locally administered unicast address (IEEE 802, bit 1 of the first octet), the same for ever for one NIC."""
+    seed = uuid.uuid5(uuid.UUID(vm_id), f"nic{index}").bytes
+    return ":".join(f"{b:02x}" for b in (0x52, *seed[:5]))
+
+
+def with_macs(vm_id: str, nics: Sequence[NicSpec]) -> tuple[NicSpec, ...]:
+    return tuple(n if n.mac else replace(n, mac=generate_mac(vm_id, i)) for i, n in enumerate(nics))
+
+
+async def find_image(env: Env, ref: str) -> ImageRow | None:
+    """The image meant by a name or the beginning of a digest; ``None`` for an empty ``ref``. Raises ``not-found``."""
+    if not ref:
+        return None
+    rows = [row.value for row in (await env.records.images.scan()).values()]
+    named = sorted((r for r in rows if r.image.name == ref), key=lambda r: r.image.created_at)
+    if named:
+        return named[-1]
+    digest = ref.removeprefix("blake3:")
+    hits = [r for r in rows if len(digest) >= 8 and r.image.digest.removeprefix("blake3:").startswith(digest)]
+    if len(hits) == 1:
+        return hits[0]
+    have = ", ".join(sorted({r.image.name for r in rows})) or "none yet"
+    raise MicaError(
+        Code.NOT_FOUND,
+        f"there is no image {ref!r} on this host",
+        hint=f"there are: {have}; `mica image build micro` and `mica image build debian` make two",
+        details={"noun": "image", "key": ref},
+    )
+
+
+def make_spec(vm_id: str, body: VmCreate, image: Image | None) -> VmSpec:
+    """The spec that ``body`` asks for, with the image's needs. Raises ``invalid`` naming field and limit."""
+    disks = list(body.disks)
+    if image is not None and image.disk is not None:
+        size = body.disk if body.disk is not None else image.disk_size
+        if size < image.disk_size:
+            raise invalid(
+                f"a disk of {format_size(size)} is below the {format_size(image.disk_size)} of image {image.name}",
+                hint=f"leave --disk out, or give at least {format_size(image.disk_size)}",
+            )
+        disks.insert(0, DiskSpec(name="root", size=Bytes(size), image=image.digest))
+    elif body.disk is not None:
+        disks.insert(0, DiskSpec(name="root", size=body.disk))
+    floor = image.min_memory if image else Bytes(0)
+    memory = body.memory if body.memory is not None else Bytes(max(DEFAULT_MEMORY, floor))
+    if image is not None and memory < floor:
+        raise invalid(
+            f"memory of {format_size(memory)} is below the {format_size(floor)} that image {image.name} needs",
+            hint=f"give at least --memory {floor // MIB}M",
+        )
+    nics = body.nics if body.nics is not None else (NicSpec(publish=body.publish),)
+    if body.nics is not None and body.publish:
+        raise invalid("ports are published either on the NICs or on the VM, not both")
+    if body.machine is Machine.MINIMAL and (image is None or image.direct_boot is None or image.disk is not None):
+        raise invalid("the minimal machine boots a kernel directly, so it needs an image like micro")
+    firmware = body.firmware or (image.firmware if image else Firmware.UEFI)
+    return check_spec(
+        VmSpec(
+            cpus=1 if body.cpus is None else body.cpus,
+            memory=memory,
+            machine=body.machine,
+            firmware=firmware,
+            cpu_model=body.cpu_model,
+            cpu_limit=body.cpu_limit,
+            image=image.digest if image else None,
+            disks=tuple(disks),
+            nics=with_macs(vm_id, nics),
+            boot=body.boot,
+            display=body.display and body.machine is Machine.Q35,
+            agent=True,
+            autostart=body.autostart,
+            protected=body.protected,
+            ephemeral=body.ephemeral,
+            hostname=body.hostname,
+            stop_timeout_s=body.stop_timeout_s,
+        )
+    )
+
+
+async def free_slot(env: Env) -> int:
+    taken = {int(id_) for id_ in await env.records.slots.scan()}
+    slot = next((n for n in range(MAX_SLOTS) if n not in taken), None)
+    if slot is None:
+        raise MicaError(Code.BUSY, f"this host has {MAX_SLOTS} VMs already", hint="delete some")
+    return slot
+
+
+async def free_name(env: Env, image: Image | None) -> str:
+    stem = image.name if image else "vm"
+    taken = set(await env.records.names.scan(after=stem[:-1]))
+    return next(name for n in range(1, MAX_SLOTS + 2) if (name := f"{stem}-{n}") not in taken)
+
+
+async def claim_name(env: Env, draft: Draft, name: str, vm_id: str) -> None:
+    """Take a VM name within ``draft``. Raises ``exists`` naming the holder."""
+    taken = await env.records.names.get(name)
+    if taken is not None:
+        raise MicaError(
+            Code.EXISTS,
+            f"there is a VM {name} already ({taken.value.holder[:8]})",
+            hint="choose another name, or delete that one first",
+            details={"name": name, "id": taken.value.holder},
+        )
+    draft.put(env.records.names, name, Claim(vm_id, at=env.clock.now()), ABSENT)
+
+
+async def plan(proposal: Proposal) -> None:
+    assert isinstance(proposal.params, VmCreate)
+    env, body, vm_id = proposal.env, proposal.params, proposal.target_id
+    row = await find_image(env, body.image)
+    if row is not None and row.damaged:
+        raise MicaError(
+            Code.CORRUPT,
+            f"image {row.image.name} is damaged: {row.damaged}",
+            hint=f"delete it and build it again: `mica image delete {row.image.name}`",
+        )
+    image = row.image if row else None
+    spec = make_spec(vm_id, body, image)
+    name = check_name(body.name, "VM name") if body.name else await free_name(env, image)
+    slot = await free_slot(env)
+    now = env.clock.now()
+    vm = Vm(
+        id=vm_id,
+        name=name,
+        spec=replace(spec, hostname=spec.hostname or name),
+        slot=slot,
+        created_at=now,
+        created_by=proposal.by.name,
+        intent=Power.RUNNING if body.start else Power.STOPPED,
+        labels=check_labels(body.labels),
+        description=body.description,
+        image_name=image.name if image else "",
+    )
+    proposal.target_name = name
+    await claim_name(env, proposal.draft, name, vm_id)
+    if image is not None:
+        # Written anew so that deleting the image, which expects the row as it saw it, cannot cross this.
+        held = await env.records.images.need(image.digest)
+        proposal.draft.put(env.records.images, image.digest, held.value, held.generation)
+    proposal.draft.put(env.records.slots, str(slot), Claim(vm_id, at=now), ABSENT)
+    proposal.draft.put(env.records.vms, vm_id, vm, ABSENT)
+    status = VmStatus(observed=VmObserved(state=VmState.CREATING, since=now))
+    proposal.draft.put(env.records.statuses, vm_id, status, ABSENT)
+    await env.hypervisor.check(vm.spec)
+    if body.start:
+        await reserve(proposal, vm, overcommit=body.overcommit)
+
+
+async def erase(env: Env, vm_id: str) -> None:
+    """Remove a VM's rows in one transaction. Idempotent."""
+    vm = await env.records.vms.get(vm_id)
+    if vm is None:
+        return
+    draft = Draft()
+    claim = await env.records.names.get(vm.value.name)
+    if claim is not None and claim.value.holder == vm_id:
+        draft.delete(env.records.names, vm.value.name)
+    draft.delete(env.records.slots, str(vm.value.slot))
+    draft.delete(env.records.vms, vm_id, vm.generation)
+    draft.delete(env.records.statuses, vm_id)
+    await env.records.commit(draft)
+
+
+async def undo_record(context: Context) -> None:
+    await context.env.records.release(context.vm_id)
+    await erase(context.env, context.vm_id)
+
+
+async def record(context: Context) -> None:
+    """The rows were written when the request was accepted; this step is where taking them back is anchored."""
+
+
+async def make_volumes(context: Context) -> list[Volume]:
+    env = context.env
+    vm = (await env.records.vms.need(context.vm_id)).value
+    volumes = []
+    for disk in vm.spec.disks:
+        base = None
+        if disk.image is not None:
+            image = (await env.records.images.need(disk.image)).value.image
+            assert image.disk is not None
+            base = env.images.path(image, image.disk)
+        context.report(None, f"making disk {disk.name}")
+        volumes.append(await env.volumes.create(vm.id, disk, base))
+    return volumes
+
+
+async def undo_volumes(context: Context) -> None:
+    await context.env.volumes.remove(context.vm_id)
+
+
+async def finish(context: Context) -> None:
+    await set_state(context.env, context.vm_id, lambda o: moved(context.env, o, VmState.STOPPED, "created"))
+
+
+CREATE = (
+    Step("record", record, undo_record),
+    Step("volumes", make_volumes, undo_volumes, timeout_s=3600.0),
+    Step("finish", finish, cancellable=False),
+)
+
+
+def steps(operation: Operation) -> Sequence[Step]:
+    return (*CREATE, *START) if operation.params.get("start") else CREATE
+
+
+def result(context: Context) -> dict[str, Any]:
+    return {"id": context.vm_id, "name": context.operation.target_name}
+
+
+DEFINITION = Definition(
+    verb=VmVerb.CREATE, noun="vm", params=VmCreate, plan=plan, steps=steps, result=result, creates=True
+)

@@ -1,0 +1,178 @@
+"""``vm.delete`` into the trash, ``vm.restore`` out of it, ``vm.purge`` for good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from mica.engine.definition import Context, Definition, Proposal, Step
+from mica.engine.operations.stopping import STOP
+from mica.engine.operations.vm_create import claim_name, erase
+from mica.engine.records import Draft
+from mica.engine.settle import moved, set_state
+from mica.model.errors import Code, MicaError
+from mica.model.operation import Operation
+from mica.model.transitions import LIVE, VmVerb
+from mica.model.views import VmDelete, VmRestore
+from mica.model.vm import Power, Vm, VmState, check_name
+
+replace = msgspec.structs.replace
+
+
+def check_protection(vm: Vm) -> None:
+    """Raises ``protected``."""
+    if vm.spec.protected:
+        raise MicaError(
+            Code.PROTECTED,
+            f"VM {vm.name} is protected from deletion",
+            hint=f"`mica vm set {vm.name} --no-protected` lifts that",
+        )
+
+
+async def plan_delete(proposal: Proposal) -> None:
+    assert proposal.vm is not None
+    assert proposal.status is not None
+    assert isinstance(proposal.params, VmDelete)
+    vm = proposal.vm.value
+    check_protection(vm)
+    live = proposal.status.value.observed.state in LIVE
+    proposal.stored_params = {"was_live": live, "name": vm.name}
+    intent = replace(vm, intent=Power.STOPPED)
+    proposal.draft.put(proposal.env.records.vms, vm.id, intent, proposal.vm.generation)
+
+
+async def trash(context: Context) -> None:
+    """Free the name and set the expiry in one transaction."""
+    env, vm_id = context.env, context.vm_id
+    vm = await env.records.vms.need(vm_id)
+    now = env.clock.now()
+    draft = Draft()
+    if vm.value.deleted_at is None:
+        gone = replace(vm.value, deleted_at=now, expires_at=now + env.policy.trash_s)
+        draft.put(env.records.vms, vm_id, gone, vm.generation)
+        claim = await env.records.names.get(vm.value.name)
+        if claim is not None and claim.value.holder == vm_id:
+            draft.delete(env.records.names, vm.value.name, claim.generation)
+        await env.records.commit(draft)
+    await set_state(env, vm_id, lambda o: moved(env, o, VmState.TRASHED, "deleted"))
+
+
+async def untrash(context: Context) -> None:
+    """Out of the trash under its name, or the one it was given. The name may be gone: then the undo is stuck."""
+    env, vm_id = context.env, context.vm_id
+    vm = await env.records.vms.need(vm_id)
+    if vm.value.deleted_at is not None:
+        draft = Draft()
+        back = replace(vm.value, deleted_at=None, expires_at=None)
+        draft.put(env.records.vms, vm_id, back, vm.generation)
+        claim = await env.records.names.get(vm.value.name)
+        if claim is None or claim.value.holder != vm_id:
+            await claim_name(env, draft, vm.value.name, vm_id)
+        await env.records.commit(draft)
+    status = (await env.records.statuses.need(vm_id)).value
+    if status.observed.state is VmState.TRASHED:
+        await set_state(env, vm_id, lambda o: moved(env, o, VmState.STOPPED, "restored from the trash"))
+
+
+def delete_steps(operation: Operation) -> Sequence[Step]:
+    end = Step("trash", trash, untrash, cancellable=False)
+    return (*STOP, end) if operation.params.get("was_live") else (end,)
+
+
+async def plan_restore(proposal: Proposal) -> None:
+    assert proposal.vm is not None
+    assert isinstance(proposal.params, VmRestore)
+    env, vm = proposal.env, proposal.vm.value
+    name = check_name(proposal.params.name, "VM name") if proposal.params.name else vm.name
+    proposal.stored_params = {"old_name": vm.name}
+    proposal.target_name = name
+    await claim_name(env, proposal.draft, name, vm.id)
+    proposal.draft.put(env.records.vms, vm.id, replace(vm, name=name), proposal.vm.generation)
+
+
+async def undo_restore(context: Context) -> None:
+    env, vm_id = context.env, context.vm_id
+    vm = await env.records.vms.need(vm_id)
+    claim = await env.records.names.get(vm.value.name)
+    draft = Draft()
+    if claim is not None and claim.value.holder == vm_id:
+        draft.delete(env.records.names, vm.value.name, claim.generation)
+    now = env.clock.now()
+    back = replace(
+        vm.value,
+        name=context.operation.params["old_name"],
+        deleted_at=vm.value.deleted_at or now,
+        expires_at=vm.value.expires_at or now + env.policy.trash_s,
+    )
+    draft.put(env.records.vms, vm_id, back, vm.generation)
+    await env.records.commit(draft)
+    await set_state(env, vm_id, lambda o: moved(env, o, VmState.TRASHED, "deleted"))
+
+
+async def plan_purge(proposal: Proposal) -> None:
+    await plan_delete(proposal)
+
+
+async def empty(context: Context) -> None:
+    """Delete what the VM has on the host. From here there is no way back, so the verb cannot be cancelled any more."""
+    env, vm_id = context.env, context.vm_id
+    if await env.records.statuses.get(vm_id) is not None:
+        await set_state(env, vm_id, lambda o: moved(env, o, VmState.DELETING))
+    await env.guests.forget(vm_id)
+    await env.hypervisor.cleanup(vm_id, None)
+    await env.volumes.remove(vm_id)
+
+
+async def undo_empty(context: Context) -> None:
+    """What is deleted stays deleted: the VM is shown as it is, and purging it again finishes the work."""
+    env = context.env
+    status = await env.records.statuses.get(context.vm_id)
+    if status is not None and status.value.observed.state is VmState.DELETING:
+        vm = (await env.records.vms.need(context.vm_id)).value
+        state = VmState.TRASHED if vm.deleted_at is not None else VmState.CRASHED
+        await set_state(env, context.vm_id, lambda o: moved(env, o, state, "not fully deleted", context.failure))
+
+
+async def forget(context: Context) -> None:
+    await context.env.records.release(context.vm_id)
+    await erase(context.env, context.vm_id)
+
+
+def purge_steps(operation: Operation) -> Sequence[Step]:
+    end = (Step("empty", empty, undo_empty, cancellable=False), Step("forget", forget, cancellable=False))
+    return (*STOP, *end) if operation.params.get("was_live") else end
+
+
+def result(context: Context) -> dict[str, Any]:
+    return {"id": context.vm_id, "name": context.operation.params.get("name", context.operation.target_name)}
+
+
+DELETE_DEFINITION = Definition(
+    verb=VmVerb.DELETE,
+    noun="vm",
+    params=VmDelete,
+    plan=plan_delete,
+    steps=delete_steps,
+    state_verb=VmVerb.DELETE,
+    result=result,
+)
+RESTORE_DEFINITION = Definition(
+    verb=VmVerb.RESTORE,
+    noun="vm",
+    params=VmRestore,
+    plan=plan_restore,
+    steps=lambda _: (Step("restore", untrash, undo_restore, cancellable=False),),
+    state_verb=VmVerb.RESTORE,
+    result=result,
+)
+PURGE_DEFINITION = Definition(
+    verb=VmVerb.PURGE,
+    noun="vm",
+    params=VmDelete,
+    plan=plan_purge,
+    steps=purge_steps,
+    state_verb=VmVerb.PURGE,
+    result=result,
+)

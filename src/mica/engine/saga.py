@@ -1,0 +1,253 @@
+"""The runner: takes one operation from wherever its journal stands to its end.
+
+Every event is written before the next thing happens, so killing the daemon between any two lines of this module loses
+nothing: the next daemon calls :func:`run` again and it goes on, or goes on going back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+
+from mica.engine import journal as rule
+from mica.engine.definition import Context, Definition, Env, Step
+from mica.engine.journal import Next
+from mica.model.errors import Code, MicaError, Problem
+from mica.model.operation import JournalEntry, Operation, OperationState, StepEvent
+from mica.model.units import format_duration
+
+log = structlog.get_logger()
+replace = msgspec.structs.replace
+
+# How often progress may be written; watchers see it at most this much late.
+PROGRESS_PERIOD_S = 0.25
+
+
+class Canceller:
+    """Somebody's wish that one operation stop. ``requested`` never goes back to False."""
+
+    def __init__(self, *, requested: bool = False) -> None:
+        self._event = asyncio.Event()
+        if requested:
+            self._event.set()
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    def request(self) -> None:
+        self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+class Runner:
+    """One run of one operation. Owns the operation's row while it runs."""
+
+    def __init__(self, env: Env, definition: Definition, operation: Operation, canceller: Canceller) -> None:
+        self._env = env
+        self._definition = definition
+        self._operation = operation
+        self._canceller = canceller
+        self._steps: Sequence[Step] = definition.steps(operation)
+        self._names = [step.name for step in self._steps]
+        self._progress: tuple[float | None, str] = (operation.progress, operation.step)
+        self._progress_at = 0.0
+        self._progress_task: asyncio.Task[None] | None = None
+
+    async def run(self) -> Operation:
+        """Run to the end; return the ended (or stuck) operation. Raises only on a broken journal or store."""
+        try:
+            return await self._run()
+        finally:
+            await self._settle_progress()
+
+    async def _run(self) -> Operation:
+        if self._operation.state is OperationState.QUEUED:
+            if self._canceller.requested:
+                return await self._end(OperationState.CANCELLED, _cancelled())
+            await self._write(
+                lambda o: replace(o, state=OperationState.RUNNING, started_at=self._env.clock.now()), durable=False
+            )
+        while True:
+            unwind = self._operation.state is OperationState.UNWINDING
+            action = rule.next_action(self._names, self._operation.journal, unwind=unwind)
+            match action.next:
+                case Next.DO if self._canceller.requested:
+                    await self._write(lambda o: replace(o, state=OperationState.UNWINDING, problem=_cancelled()))
+                case Next.DO:
+                    await self._do(self._step(action.step))
+                case Next.UNDO:
+                    await self._undo(self._step(action.step))
+                case Next.SUCCEEDED:
+                    return await self._end(OperationState.SUCCEEDED, None)
+                case Next.FAILED:
+                    problem = self._operation.problem or Problem(Code.INTERNAL, "it failed without saying why")
+                    ended = OperationState.CANCELLED if problem.code is Code.CANCELLED else OperationState.FAILED
+                    return await self._end(ended, problem)
+                case Next.STUCK:
+                    return await self._write(lambda o: replace(o, state=OperationState.STUCK))
+
+    def _step(self, name: str) -> Step:
+        return next(step for step in self._steps if step.name == name)
+
+    def _context(self) -> Context:
+        return Context(
+            env=self._env,
+            operation=self._operation,
+            outputs=dict(rule.outputs(self._operation.journal)),
+            report=self._report,
+            failure=self._operation.problem,
+        )
+
+    async def _do(self, step: Step) -> None:
+        # A step that is repeated after a crash writes "started" again: the journal shows that it was.
+        await self._append(step.name, StepEvent.STARTED, durable=False, text=step.name)
+        try:
+            output = await self._bounded(step)
+        except MicaError as error:
+            await self._fail(step, error)
+        except Exception as error:
+            log.exception("step failed", operation=self._operation.id, verb=self._operation.verb, step=step.name)
+            await self._fail(step, _internal(error))
+        else:
+            await self._append(step.name, StepEvent.SUCCEEDED, output=msgspec.to_builtins(output), durable=False)
+
+    async def _bounded(self, step: Step) -> Any:
+        """``do`` with its deadline, ended early by a wish to cancel when the step allows that."""
+        context = self._context()
+        async with asyncio.TaskGroup() as group:
+            work = group.create_task(_quiet(step.do(context), step.timeout_s))
+            watch = group.create_task(self._canceller.wait()) if step.cancellable else None
+            waiting: set[asyncio.Task[Any]] = {work} | ({watch} if watch else set())
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            interrupted = not work.done()
+            work.cancel()
+            if watch:
+                watch.cancel()
+        if interrupted:
+            raise MicaError.of(_cancelled())
+        outcome = work.result()
+        if isinstance(outcome, TimeoutError):
+            raise MicaError(
+                Code.TIMEOUT, f"step {step.name} took longer than {format_duration(step.timeout_s)}"
+            ) from outcome
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def _fail(self, step: Step, error: MicaError) -> None:
+        entry = JournalEntry(step.name, StepEvent.FAILED, self._env.clock.now(), error=error.message)
+        await self._write(
+            lambda o: replace(o, journal=(*o.journal, entry), state=OperationState.UNWINDING, problem=error.problem())
+        )
+
+    async def _undo(self, step: Step) -> None:
+        await self._append(step.name, StepEvent.UNDO_STARTED, durable=False, text=f"undoing {step.name}")
+        try:
+            if step.undo is not None:
+                async with asyncio.timeout(step.timeout_s):
+                    await step.undo(self._context())
+        except Exception as error:
+            # Whatever it was, guessing on would lie: the operation is stuck and an operator is told.
+            log.exception("undo failed", operation=self._operation.id, verb=self._operation.verb, step=step.name)
+            text = error.message if isinstance(error, MicaError) else f"{type(error).__name__}: {error}"
+            await self._append(step.name, StepEvent.UNDO_FAILED, error=text)
+        else:
+            await self._append(step.name, StepEvent.UNDO_FINISHED)
+
+    async def _append(
+        self,
+        step: str,
+        event: StepEvent,
+        *,
+        output: Any = None,
+        error: str = "",
+        durable: bool = True,
+        text: str | None = None,
+    ) -> None:
+        entry = JournalEntry(step, event, self._env.clock.now(), output, error)
+        await self._write(
+            lambda o: replace(o, journal=(*o.journal, entry), step=o.step if text is None else text), durable=durable
+        )
+
+    async def _end(self, state: OperationState, problem: Problem | None) -> Operation:
+        result = self._definition.result(self._context()) if state is OperationState.SUCCEEDED else {}
+        now = self._env.clock.now()
+        ended = await self._write(
+            lambda o: replace(
+                o,
+                state=state,
+                problem=problem,
+                ended_at=now,
+                step="",
+                result=msgspec.to_builtins(result),
+                progress=1.0 if state is OperationState.SUCCEEDED else o.progress,
+            )
+        )
+        log.info(
+            "operation",
+            id=ended.id,
+            verb=ended.verb,
+            target=ended.target_name,
+            by=ended.by.name,
+            state=ended.state.value,
+            ms=round((now - ended.created_at) * 1000),
+            problem=problem.message if problem else None,
+        )
+        return ended
+
+    async def _write(self, change: Callable[[Operation], Operation], *, durable: bool = True) -> Operation:
+        # Progress in flight must not overtake the journal.
+        await self._settle_progress()
+        written = await self._env.records.operations.update(self._operation.id, change, durable=durable)
+        self._operation = written.value
+        return self._operation
+
+    def _report(self, fraction: float | None, text: str) -> None:
+        self._progress = (fraction, text)
+        now = self._env.clock.monotonic()
+        if self._progress_task is None and now - self._progress_at >= PROGRESS_PERIOD_S:
+            self._progress_at = now
+            self._progress_task = asyncio.get_running_loop().create_task(self._write_progress())
+
+    async def _write_progress(self) -> None:
+        fraction, text = self._progress
+        self._operation = (
+            await self._env.records.operations.update(
+                self._operation.id, lambda o: replace(o, progress=fraction, step=text), durable=False
+            )
+        ).value
+
+    async def _settle_progress(self) -> None:
+        if self._progress_task is not None:
+            task, self._progress_task = self._progress_task, None
+            await asyncio.wait({task})
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.warning("progress was not written", operation=self._operation.id, error=str(error))
+
+
+async def _quiet(work: Any, timeout_s: float) -> Any:
+    """The outcome as a value: a raised error would make the task group cancel its own waiter first."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except Exception as error:  # noqa: BLE001 - it is handed to the caller, not swallowed
+        return error
+
+
+def _cancelled() -> Problem:
+    return Problem(Code.CANCELLED, "it was cancelled; what it had done was undone")
+
+
+def _internal(error: Exception) -> MicaError:
+    return MicaError(
+        Code.INTERNAL,
+        f"a fault in Mica ({type(error).__name__}); the daemon's log has the details",
+        hint="report it with the log: `mica daemon log`",
+    )

@@ -1,0 +1,208 @@
+"""Rows put together for a reader: the shapes of :mod:`mica.model.views`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mica.engine.definition import Env
+from mica.engine.operations.vm_create import find_image
+from mica.engine.records import ImageRow, Versioned
+from mica.model.errors import Code, MicaError, not_found
+from mica.model.operation import Operation, OperationState
+from mica.model.views import Event, ImagePage, ImageView, OperationPage, VmPage, VmUsage, VmView
+from mica.model.vm import Vm, VmStatus, pending_changes
+from mica.ports.store import Compacted
+
+if TYPE_CHECKING:
+    from mica.engine.engine import Engine
+
+replace = msgspec.structs.replace
+
+MAX_PAGE = 1000
+
+
+class Views:
+    """Read side of the engine. Nothing here writes."""
+
+    def __init__(self, env: Env, engine: Engine) -> None:
+        self._env = env
+        self._records = env.records
+        self._engine = engine
+
+    def _vm_view(self, vm: Versioned[Vm], status: VmStatus, operations: tuple[str, ...], usage: VmUsage) -> VmView:
+        value, runtime = vm.value, status.runtime
+        return VmView(
+            id=value.id,
+            name=value.name,
+            generation=vm.generation,
+            intent=value.intent,
+            spec=value.spec,
+            observed=status.observed,
+            labels=value.labels,
+            description=value.description,
+            image_name=value.image_name,
+            created_at=value.created_at,
+            created_by=value.created_by,
+            deleted_at=value.deleted_at,
+            expires_at=value.expires_at,
+            pending=pending_changes(value.spec, runtime.spec) if runtime else (),
+            operations=operations,
+            accelerator=runtime.accelerator if runtime else "",
+            process=runtime.process if runtime else None,
+            nics=runtime.nics if runtime else (),
+            usage=usage,
+            reduced=runtime.reduced if runtime else (),
+        )
+
+    def _active(self, vm_id: str) -> tuple[str, ...]:
+        return tuple(o.id for o in self._engine.waiting(vm_id))
+
+    async def vm(self, ref: str) -> VmView:
+        """One VM by name, id or the beginning of an id, with everything observed. Raises ``not-found``."""
+        vm_id = await self._records.resolve_vm(ref)
+        vm = await self._records.vms.need(vm_id)
+        status = (await self._records.statuses.need(vm_id)).value
+        usage = replace(self._engine.sampler.usage(vm_id), disk=await self._env.volumes.usage(vm_id))
+        return self._vm_view(vm, status, self._active(vm_id), usage)
+
+    async def vms(
+        self, *, after: str = "", limit: int = 100, trashed: bool = False, labels: dict[str, str] | None = None
+    ) -> VmPage:
+        """VMs in order of id; ``after`` is the ``next`` of the page before. ``trashed`` lists the trash instead."""
+        if not 1 <= limit <= MAX_PAGE:
+            raise MicaError(Code.INVALID, f"a page of {limit}; pages have 1 to {MAX_PAGE} items")
+        revision = await self._records.store.revision()
+        vms = await self._records.vms.scan(after=after)
+        statuses = await self._records.statuses.scan(after=after)
+        items: list[VmView] = []
+        following = ""
+        for vm_id, vm in vms.items():
+            if (vm.value.deleted_at is not None) != trashed or vm_id not in statuses:
+                continue
+            if labels and any(vm.value.labels.get(k) != v for k, v in labels.items()):
+                continue
+            if len(items) == limit:
+                following = items[-1].id
+                break
+            usage = self._engine.sampler.usage(vm_id)
+            items.append(self._vm_view(vm, statuses[vm_id].value, self._active(vm_id), usage))
+        return VmPage(revision=revision, next=following, items=tuple(items))
+
+    async def operation(self, operation_id: str) -> Operation:
+        """One operation by id, or by its beginning (8 characters or more). Raises ``not-found``."""
+        found = await self._records.operations.get(operation_id)
+        if found is None and len(operation_id) >= 8:
+            near = await self._records.operations.scan(after=operation_id, limit=1)
+            found = next((o for id_, o in near.items() if id_.startswith(operation_id)), None)
+        if found is None:
+            raise not_found("operation", operation_id, hint="`mica operation list` shows those that are kept")
+        return found.value
+
+    async def operations(
+        self, *, after: str = "", limit: int = 100, vm: str = "", active: bool = False
+    ) -> OperationPage:
+        """Operations, newest first. ``after`` is the id of the last one seen."""
+        if not 1 <= limit <= MAX_PAGE:
+            raise MicaError(Code.INVALID, f"a page of {limit}; pages have 1 to {MAX_PAGE} items")
+        target = f"vm/{await self._records.resolve_vm(vm)}" if vm else ""
+        revision = await self._records.store.revision()
+        rows = [o.value for o in (await self._records.operations.scan()).values()]
+        chosen = [o for o in rows if (not target or o.target == target) and (not active or not o.state.ended)]
+        chosen.sort(key=lambda o: (-o.created_at, o.id))
+        if after:
+            seen = next((i for i, o in enumerate(chosen) if o.id == after), None)
+            chosen = chosen[seen + 1 :] if seen is not None else []
+        page = chosen[:limit]
+        return OperationPage(revision=revision, next=page[-1].id if len(chosen) > limit else "", items=tuple(page))
+
+    async def wait_operation(self, operation_id: str, timeout_s: float) -> Operation:
+        """The operation as soon as it has ended or is stuck, or as it is after ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    revision = await self._records.store.revision()
+                    found = await self.operation(operation_id)
+                    if found.state.ended or found.state is OperationState.STUCK:
+                        return found
+                    await self._records.store.wait(revision)
+        except TimeoutError:
+            return await self.operation(operation_id)
+
+    async def _users(self) -> dict[str, list[str]]:
+        users: dict[str, list[str]] = {}
+        for row in (await self._records.vms.scan()).values():
+            digests = {row.value.spec.image, *(d.image for d in row.value.spec.disks)} - {None}
+            for digest in digests:
+                assert digest is not None
+                users.setdefault(digest, []).append(row.value.name)
+        return users
+
+    def _image_view(self, row: Versioned[ImageRow], users: dict[str, list[str]]) -> ImageView:
+        return ImageView(
+            image=row.value.image,
+            generation=row.generation,
+            used_by=tuple(sorted(users.get(row.value.image.digest, []))),
+            verified_at=row.value.verified_at,
+            damaged=row.value.damaged,
+        )
+
+    async def images(self) -> ImagePage:
+        revision = await self._records.store.revision()
+        users = await self._users()
+        rows = (await self._records.images.scan()).values()
+        items = sorted((self._image_view(r, users) for r in rows), key=lambda v: (v.image.name, -v.image.created_at))
+        return ImagePage(revision=revision, items=tuple(items))
+
+    async def image(self, ref: str) -> ImageView:
+        """By name or the beginning of its digest. Raises ``not-found`` naming those there are."""
+        found = await find_image(self._env, ref)
+        if found is None:
+            raise not_found("image", ref)
+        row = await self._records.images.need(found.image.digest)
+        return self._image_view(row, await self._users())
+
+    async def events(self, since: int | None) -> AsyncIterator[Event]:
+        """Changes after revision ``since`` (``None``: from now on), for ever. Raises ``gone`` when that is too old.
+
+        Several changes of one thing within one wake-up are told once, as it is now: events say what to look at, and
+        the object they carry is what looking shows.
+        """
+        store = self._records.store
+        at = await store.revision() if since is None else since
+        while True:
+            try:
+                changes = await store.changes(at)
+            except Compacted as error:
+                raise MicaError(
+                    Code.GONE,
+                    f"changes since revision {at} are no longer kept (the oldest is {error.oldest})",
+                    hint="list everything again and follow from the revision of that list",
+                ) from error
+            touched: dict[tuple[str, str], int] = {}
+            for change in changes:
+                kind = "vm" if change.key.kind == "vm.status" else change.key.kind
+                if kind in ("vm", "operation", "image"):
+                    touched.pop((kind, change.key.id), None)
+                    touched[kind, change.key.id] = change.revision
+            for (kind, id_), revision in touched.items():
+                yield Event(revision=revision, kind=kind, id=id_, object=await self._object(kind, id_))
+            if changes:
+                at = changes[-1].revision
+            else:
+                await store.wait(at)
+
+    async def _object(self, kind: str, id_: str) -> VmView | Operation | ImageView | None:
+        if kind == "operation":
+            found = await self._records.operations.get(id_)
+            return found.value if found else None
+        if kind == "image":
+            row = await self._records.images.get(id_)
+            return self._image_view(row, await self._users()) if row else None
+        vm, status = await self._records.vms.get(id_), await self._records.statuses.get(id_)
+        if vm is None or status is None:
+            return None
+        return self._vm_view(vm, status.value, self._active(id_), self._engine.sampler.usage(id_))
