@@ -1,0 +1,46 @@
+"""The board, its memory and its processors.
+
+Guest RAM is always a shared file mapping: forks, migration and shared folders build on it (QEMU docs,
+``memory-backend-file``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mica.model.vm import Machine, VmSpec
+from mica.qemu.accel import Accelerator, cpu_model
+from mica.qemu.arguments import Arguments, concat, flag, from_json, mebibytes, pairs
+
+
+def board(spec: VmSpec, machine_type: str, *, code_node: str | None, vars_node: str | None, vmgenid: bool) -> Arguments:
+    """``machine_type`` is a versioned name, so that an upgraded QEMU keeps the machine as it was (live migration)."""
+    minimal = spec.machine is Machine.MINIMAL
+    return pairs(
+        "machine",
+        machine_type,
+        memory_backend="ram",
+        # Paravirtual parts of other hypervisors, and timers that a guest with a TSC has no use for.
+        vmport=False,
+        hpet=False,
+        sata=False if minimal else None,
+        smbus=False if minimal else None,
+        pflash0=code_node,
+        pflash1=vars_node,
+        # A device state without its description is a third smaller, and snapshots are many.
+        suppress_vmdesc=True,
+    ) + (from_json("device", {"driver": "vmgenid", "id": "vmgenid", "guid": "auto"}) if vmgenid else Arguments())
+
+
+def memory(spec: VmSpec, file: Path) -> Arguments:
+    backend = {"qom-type": "memory-backend-file", "id": "ram", "size": spec.memory, "mem-path": str(file)}
+    return concat(
+        [
+            from_json("object", {**backend, "share": True, "prealloc": False}),
+            pairs("m", "", size=f"{mebibytes(spec.memory)}M"),
+        ]
+    )
+
+
+def processors(spec: VmSpec, accelerator: Accelerator) -> Arguments:
+    return flag("cpu", cpu_model(accelerator, spec)) + pairs("smp", "", cpus=spec.cpus, sockets=1, cores=spec.cpus)

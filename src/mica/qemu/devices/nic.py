@@ -1,0 +1,35 @@
+"""A virtio NIC, joined to whatever the network adapter made for it.
+
+``stream``: the VM's own network process listens on a UNIX socket (passt); QEMU itself sits in an empty network
+namespace. ``none``: a NIC whose cable is not plugged in.
+"""
+
+from __future__ import annotations
+
+from mica.model.errors import Code, MicaError
+from mica.model.vm import NicRuntime, NicSpec
+from mica.qemu.arguments import Arguments, Bus, concat, from_json
+
+
+def arguments(nic: NicSpec, runtime: NicRuntime, bus: Bus, *, bootindex: int | None) -> Arguments:
+    backend = f"net-{nic.name}"
+    kind = runtime.handle.get("kind", "none")
+    if kind == "stream":
+        address = {"type": "unix", "path": runtime.handle["socket"]}
+        net = {"type": "stream", "id": backend, "server": False, "addr": address}
+    elif kind == "none":
+        net = {"type": "hubport", "id": backend, "hubid": 1000}
+    else:
+        raise MicaError(Code.INTERNAL, f"NIC {nic.name} is attached in an unknown way: {kind}")
+    port, place = bus.port()
+    front = {
+        "driver": "virtio-net-pci",
+        "id": f"dev-{nic.name}",
+        "netdev": backend,
+        "mac": nic.mac,
+        "bootindex": bootindex,
+        # The network boot ROM is loaded only for a NIC that is booted from.
+        "romfile": None if bootindex is not None else "",
+        **place,
+    }
+    return concat([from_json("netdev", net), port, from_json("device", front)])

@@ -1,0 +1,301 @@
+"""Starts machines on QEMU, finds them again, and removes what they leave.
+
+<runtime>/vm/<id>/         the daemon's: status.json (the keeper's note of how the process ended)
+<runtime>/vm/<id>/run/     the machine's own user's: its sockets
+<ram dir>/<id>             guest RAM, a file in memory
+<home>/logs/<id>/          console.log (the serial port, by QEMU) and qemu.log (QEMU's own messages)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from mica.host.processes import ResourceLimits
+from mica.model.errors import Code, MicaError
+from mica.model.image import Firmware
+from mica.model.units import MIB, Bytes, format_size
+from mica.model.vm import Machine, VmRuntime, VmSpec
+from mica.ports.clock import Clock
+from mica.ports.hypervisor import Exit, LaunchPlan
+from mica.qemu import accel
+from mica.qemu.accel import Accelerator
+from mica.qemu.command_line import QemuHost, Sockets, build_arguments
+from mica.qemu.jail import Jail, JailKind, JailSpec, JailUsers, hand_over
+from mica.qemu.jailed import Jailed, JailedRefs, adopt, exit_code, find_left, start
+from mica.qemu.machine import QemuMachine, last_words, limit
+from mica.qemu.qmp import Monitor
+
+log = structlog.get_logger()
+
+LAUNCH_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 10.0
+# What QEMU with the default devices takes before the guest runs, beyond RAM and TCG's buffer (measured: 15 to 40 MiB).
+BASE_OVERHEAD = 48 * MIB
+PER_CPU_OVERHEAD = 4 * MIB
+DISPLAY_OVERHEAD = 16 * MIB
+NIC_OVERHEAD = 12 * MIB
+# QEMU may write no file beyond its largest disk, or this; so a guest cannot fill the host through the console log.
+MIN_FILE_LIMIT = Bytes(64 * MIB)
+
+TCG_WARNING = (
+    "runs under software emulation (TCG): QEMU promises no isolation there, the jail around it is the only boundary"
+)
+
+
+class Handle(msgspec.Struct, frozen=True, kw_only=True):
+    """What a later daemon needs beyond the runtime's own fields."""
+
+    jailed: JailedRefs
+    log_offset: int
+    ram: str
+
+
+class QemuHypervisor:
+    """Implements :class:`mica.ports.hypervisor.Hypervisor`."""
+
+    def __init__(
+        self,
+        *,
+        host: QemuHost,
+        jail: Jail,
+        users: JailUsers,
+        runtime_dir: Path,
+        ram_dir: Path,
+        log_dir: Path,
+        join_slice: Callable[[dict[str, Any], int], Awaitable[None]],
+        clock: Clock,
+    ) -> None:
+        self._host = host
+        self._jail = jail
+        self._users = users
+        self._vm_dir = runtime_dir / "vm"
+        self._ram_dir = ram_dir
+        self._log_dir = log_dir
+        self._join_slice = join_slice
+        self._clock = clock
+
+    # ── what can run ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def overhead(self, spec: VmSpec) -> Bytes:
+        total = BASE_OVERHEAD + PER_CPU_OVERHEAD * spec.cpus + NIC_OVERHEAD * len(spec.nics)
+        if spec.display and spec.machine is not Machine.MINIMAL:
+            total += DISPLAY_OVERHEAD
+        if self._host.accelerator is Accelerator.TCG:
+            total += accel.translation_buffer(spec)
+        return Bytes(total)
+
+    async def check(self, spec: VmSpec) -> None:
+        build = self._host.build
+        if spec.cpu_model and spec.cpu_model not in {*build.cpu_models, "host", "max"}:
+            near = sorted(m for m in build.cpu_models if m.lower().startswith(spec.cpu_model[:3].lower()))
+            raise MicaError(
+                Code.INVALID,
+                f"this QEMU ({build.version}) has no CPU model {spec.cpu_model!r}",
+                hint=f"similar: {', '.join(near[:8])}" if near else f"it has {len(build.cpu_models)}, such as Nehalem",
+            )
+        if spec.cpu_model == "host" and self._host.accelerator is Accelerator.TCG:
+            raise MicaError(
+                Code.INVALID, "CPU model 'host' needs KVM, which is not proven to work here", hint="see `mica doctor`"
+            )
+        if spec.firmware is Firmware.UEFI and self._host.firmware_code is None:
+            raise MicaError(
+                Code.HOST_LACKS,
+                "this host has no UEFI firmware",
+                hint="apt-get install -y ovmf, or `mica doctor --fix`",
+            )
+
+    # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def launch(self, plan: LaunchPlan) -> VmRuntime:
+        await self.cleanup(plan.vm.id, None)
+        try:
+            return await self._launch(plan)
+        except BaseException:
+            # Cancelled or failed: what is half made goes, and nothing may interrupt that.
+            await asyncio.shield(self.cleanup(plan.vm.id, None))
+            raise
+
+    async def _launch(self, plan: LaunchPlan) -> VmRuntime:
+        vm = plan.vm
+        user = self._users.vm(vm.slot) if self._jail.kind is JailKind.ROOT else None
+        sockets = Sockets(self._make_run_dir(vm.id))
+        hand_over(sockets.directory, user)
+        ram = self._make_ram(vm.id, vm.spec.memory)
+        hand_over(ram, user)
+        console, messages = self._make_logs(vm.id)
+        hand_over(console, user)
+        argv = build_arguments(plan, self._host, sockets, ram, console)
+        log_offset = messages.stat().st_size
+        writable = [sockets.directory, ram, console, *(v.path for v in plan.volumes if not v.read_only)]
+        readable = [*(b for v in plan.volumes for b in v.backing), *(v.path for v in plan.volumes if v.read_only)]
+        readable += [p for p in (plan.kernel, plan.initrd) if p is not None]
+        readable += [Path(n.handle["socket"]) for n in plan.nics if "socket" in n.handle]
+        if vm.spec.firmware is Firmware.UEFI and self._host.firmware_code is not None:
+            readable.append(self._host.firmware_code)
+        largest = max([MIN_FILE_LIMIT, *(Bytes(int(v.size * 1.1) + 64 * MIB) for v in plan.volumes)])
+        spec = JailSpec(
+            writable=tuple(writable),
+            readable=tuple(dict.fromkeys(p for p in readable if not p.is_relative_to("/usr"))),
+            devices=(Path("/dev/kvm"),) if self._host.accelerator is Accelerator.KVM else (),
+            user=user,
+            limits=ResourceLimits(file_size=largest, core=0),
+        )
+        started_at = self._clock.now()
+        jailed = await start(
+            self._jail,
+            argv,
+            spec,
+            status_file=self._vm_dir / vm.id / "status.json",
+            output=messages,
+            before=lambda pid: self._join_slice(plan.slice, pid),
+            timeout_s=LAUNCH_TIMEOUT_S,
+        )
+        try:
+            machine = await self._connect(vm.name, jailed, sockets, messages, log_offset, vm.spec)
+            await limit(machine, vm.spec)
+            await machine.close()
+        except BaseException:
+            jailed.process.kill()
+            raise
+        handle = Handle(jailed=jailed.refs, log_offset=log_offset, ram=str(ram))
+        return VmRuntime(
+            process=jailed.refs.process,
+            spec=vm.spec,
+            run_dir=str(sockets.directory),
+            accelerator=self._host.accelerator.value,
+            started_at=started_at,
+            overhead=self.overhead(vm.spec),
+            nics=plan.nics,
+            slice=plan.slice,
+            handle=msgspec.to_builtins(handle),
+            reduced=self.reduced(),
+        )
+
+    def reduced(self) -> tuple[str, ...]:
+        """What machines do not get on this host, in words."""
+        return (*((TCG_WARNING,) if self._host.accelerator is Accelerator.TCG else ()), *self._jail.reduced)
+
+    async def _connect(
+        self, name: str, jailed: Jailed, sockets: Sockets, messages: Path, log_offset: int, spec: VmSpec
+    ) -> QemuMachine:
+        """Wait for the control monitor and greet it; when QEMU ends first, say so in its own last words."""
+        try:
+            async with asyncio.timeout(LAUNCH_TIMEOUT_S):
+                # QEMU makes its sockets early and tells nobody; its end would be told, so both are looked for.
+                delay_s = 0.002
+                while not sockets.control.exists() and jailed.process.alive:
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(delay_s * 1.5, 0.05)
+                monitor = await Monitor.connect(name, sockets.control, CONNECT_TIMEOUT_S)
+        except (TimeoutError, MicaError) as error:
+            if jailed.process.alive:
+                raise MicaError(
+                    Code.TIMEOUT, f"QEMU of {name} did not answer within {LAUNCH_TIMEOUT_S:.0f} s", retryable=True
+                ) from error
+            status = await jailed.wait_exit()
+            words = last_words(messages, log_offset) or str(status)
+            raise MicaError(
+                Code.QEMU_FAILED,
+                f"QEMU of {name} ended at once: {words}",
+                hint=f"`mica vm log {name} --qemu` has all of it",
+            ) from error
+        return QemuMachine(jailed, monitor, log_file=messages, log_offset=log_offset, agent_port=spec.agent)
+
+    async def attach(self, runtime: VmRuntime) -> QemuMachine | None:
+        handle = msgspec.convert(runtime.handle, Handle)
+        jailed = adopt(handle.jailed)
+        if jailed is None:
+            return None
+        sockets = Sockets(Path(runtime.run_dir))
+        messages = self._log_dir / Path(handle.ram).name / "qemu.log"
+        try:
+            monitor = await Monitor.connect(Path(handle.ram).name[:8], sockets.control, CONNECT_TIMEOUT_S)
+        except MicaError:
+            if jailed.process.alive:
+                raise
+            return None
+        return QemuMachine(
+            jailed, monitor, log_file=messages, log_offset=handle.log_offset, agent_port=runtime.spec.agent
+        )
+
+    async def autopsy(self, runtime: VmRuntime) -> Exit:
+        handle = msgspec.convert(runtime.handle, Handle)
+        code = exit_code(Path(handle.jailed.status_file))
+        messages = self._log_dir / Path(handle.ram).name / "qemu.log"
+        return Exit(clean=code == 0, last_words=last_words(messages, handle.log_offset))
+
+    async def cleanup(self, vm_id: str, runtime: VmRuntime | None) -> None:
+        directory = self._vm_dir / vm_id
+        found: Jailed | None = None
+        if runtime is not None:
+            found = adopt(msgspec.convert(runtime.handle, Handle).jailed)
+        found = found or find_left(directory / "status.json", str(directory))
+        if found is not None:
+            with found:
+                found.process.kill()
+                await found.wait_exit(LAUNCH_TIMEOUT_S)
+        if directory.exists():
+            shutil.rmtree(directory)
+        (self._ram_dir / vm_id).unlink(missing_ok=True)
+
+    async def leftovers(self, known: set[str]) -> list[str]:
+        found: set[str] = set()
+        for root in (self._vm_dir, self._ram_dir):
+            if root.is_dir():
+                found |= {entry.name for entry in root.iterdir()}
+        return sorted(found - known)
+
+    # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_run_dir(self, vm_id: str) -> Path:
+        directory = self._vm_dir / vm_id / "run"
+        directory.mkdir(parents=True, mode=0o711)
+        (self._vm_dir / vm_id).chmod(0o711)
+        return directory
+
+    def _make_ram(self, vm_id: str, size: Bytes) -> Path:
+        """The file that is the guest's RAM. Its pages are charged to the machine's group when the guest touches them."""
+        self._ram_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
+        file = self._ram_dir / vm_id
+        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(descriptor, size)
+        except OSError as error:
+            raise MicaError(
+                Code.INSUFFICIENT_MEMORY, f"{format_size(size)} of guest RAM cannot be made: {error.strerror}"
+            ) from error
+        finally:
+            os.close(descriptor)
+        return file
+
+    def _make_logs(self, vm_id: str) -> tuple[Path, Path]:
+        directory = self._log_dir / vm_id
+        directory.mkdir(parents=True, exist_ok=True, mode=0o711)
+        for name in ("console.log", "qemu.log"):
+            file = directory / name
+            descriptor = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise MicaError(Code.CORRUPT, f"{file} is not a file")
+            os.close(descriptor)
+        return directory / "console.log", directory / "qemu.log"
+
+
+def can_direct_io(path: Path) -> bool:
+    """Whether the file can be opened around the page cache: tmpfs and some network file systems cannot."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+__all__ = ["TCG_WARNING", "Handle", "QemuHypervisor", "can_direct_io"]

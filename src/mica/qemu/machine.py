@@ -1,0 +1,136 @@
+"""A live machine: what QEMU says of it, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from mica.model.vm import AgentState, VmSpec
+from mica.ports.hypervisor import EventKind, Exit, MachineEvent, MachineStatus, RunState
+from mica.qemu.devices import agent, disk
+from mica.qemu.jailed import Jailed
+from mica.qemu.qmp import Monitor
+
+log = structlog.get_logger()
+
+KILL_TIMEOUT_S = 30.0
+
+# RunState of the QMP reference → what the engine knows, and words for people.
+RUN_STATES: dict[str, tuple[RunState, str]] = {
+    "running": (RunState.RUNNING, ""),
+    "prelaunch": (RunState.PRELAUNCH, "held before its first instruction"),
+    "inmigrate": (RunState.PRELAUNCH, "receiving its state"),
+    "paused": (RunState.PAUSED, "paused"),
+    "suspended": (RunState.PAUSED, "the guest went to sleep"),
+    "io-error": (RunState.PAUSED, "paused by an I/O error: the host's disk may be full"),
+    "guest-panicked": (RunState.PAUSED, "the guest panicked"),
+    "internal-error": (RunState.PAUSED, "the accelerator failed"),
+    "watchdog": (RunState.PAUSED, "the guest's watchdog fired"),
+    "debug": (RunState.PAUSED, "held by a debugger"),
+    "save-vm": (RunState.PAUSED, "its state is being saved"),
+    "restore-vm": (RunState.PAUSED, "its state is being restored"),
+    "colo": (RunState.PAUSED, "paused"),
+    "preconfig": (RunState.PRELAUNCH, "not configured yet"),
+    "finish-migrate": (RunState.PAUSED, "its state is being saved"),
+    "postmigrate": (RunState.PAUSED, "its state was saved"),
+    "shutdown": (RunState.SHUTDOWN, "the guest powered off"),
+}
+
+# QMP events that mean "look again".
+EVENTS: dict[str, EventKind] = {
+    "RESUME": EventKind.RESUMED,
+    "STOP": EventKind.PAUSED,
+    "SHUTDOWN": EventKind.SHUTDOWN,
+    "RESET": EventKind.RESET,
+    "GUEST_PANICKED": EventKind.PANICKED,
+    "BLOCK_IO_ERROR": EventKind.IO_ERROR,
+    "VSERPORT_CHANGE": EventKind.AGENT,
+    "SUSPEND": EventKind.PAUSED,
+    "WAKEUP": EventKind.RESUMED,
+}
+
+
+def last_words(log_file: Path, since: int, limit: int = 600) -> str:
+    """The end of what QEMU wrote to its log after offset ``since``; empty when it said nothing."""
+    try:
+        with log_file.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(since, size - limit))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines[-3:])
+
+
+class QemuMachine:
+    """Implements :class:`mica.ports.hypervisor.Machine` for one QEMU process."""
+
+    def __init__(self, jailed: Jailed, monitor: Monitor, *, log_file: Path, log_offset: int, agent_port: bool) -> None:
+        self._jailed = jailed
+        self._monitor = monitor
+        self._log_file = log_file
+        self._log_offset = log_offset
+        self._agent_port = agent_port
+
+    async def observe(self) -> MachineStatus:
+        status = await self._monitor.run("query-status")
+        run, reason = RUN_STATES.get(status["status"], (RunState.PAUSED, status["status"]))
+        return MachineStatus(run, await self._agent_state(), reason)
+
+    async def _agent_state(self) -> AgentState:
+        if not self._agent_port:
+            return AgentState.ABSENT
+        devices = await self._monitor.run("query-chardev")
+        port = next((d for d in devices if d["label"] == agent.CHARDEV), None)
+        return AgentState.READY if port is not None and port["frontend-open"] else AgentState.WAITING
+
+    async def resume(self) -> None:
+        await self._monitor.run("cont")
+
+    async def pause(self) -> None:
+        await self._monitor.run("stop")
+
+    async def power_button(self) -> None:
+        await self._monitor.run("system_powerdown")
+
+    async def kill(self) -> None:
+        self._jailed.process.kill()
+        await self._jailed.wait_exit(KILL_TIMEOUT_S)
+
+    async def apply(self, spec: VmSpec) -> None:
+        for one in spec.disks:
+            await self._monitor.run("block_set_io_throttle", disk.throttle(one))
+
+    async def events(self) -> AsyncIterator[MachineEvent]:
+        async for event in self._monitor.events():
+            kind = EVENTS.get(event["event"])
+            if kind is not None:
+                yield MachineEvent(kind, _detail(event))
+        await self._jailed.process.wait_exit()
+        yield MachineEvent(EventKind.EXITED)
+
+    async def ended(self) -> Exit:
+        status = await self._jailed.wait_exit()
+        await self._monitor.close()
+        return Exit(clean=status.code == 0, last_words=last_words(self._log_file, self._log_offset))
+
+    async def close(self) -> None:
+        await self._monitor.close()
+        self._jailed.close()
+
+
+def _detail(event: dict[str, Any]) -> str:
+    data = event.get("data", {})
+    if event["event"] == "BLOCK_IO_ERROR":
+        return f"{data.get('operation')} on {data.get('node-name') or data.get('device')}: {data.get('reason')}"
+    return str(data.get("reason", ""))
+
+
+async def limit(machine: QemuMachine, spec: VmSpec) -> None:
+    """Set the I/O limits of a machine that is still held."""
+    if any(d.limits.iops or d.limits.bytes_per_s for d in spec.disks):
+        await machine.apply(spec)
