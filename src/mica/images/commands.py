@@ -1,0 +1,191 @@
+"""Running the programs that make images: with a deadline, with their progress seen, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from mica.model.errors import Code, MicaError
+
+Line = Callable[[str], None]
+
+# Fixed, because these programs live in sbin directories that an ordinary user's PATH lacks.
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# How long a program may take to clean up after SIGTERM before its whole process group is killed.
+GRACE_S = 20.0
+_LAST_LINES = 12
+_LINE_LIMIT = 2000
+
+# Which Debian and Ubuntu package has the program.
+PACKAGES = {
+    "apt-config": "apt",
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "mcopy": "mtools",
+    "mformat": "mtools",
+    "mke2fs": "e2fsprogs",
+    "mmd": "mtools",
+    "mmdebstrap": "mmdebstrap",
+    "newuidmap": "uidmap",
+    "prlimit": "util-linux",
+    "qemu-img": "qemu-utils",
+    "sfdisk": "fdisk",
+    "tar": "tar",
+}
+
+
+class CommandError(MicaError):
+    """A program ended with a status other than 0. ``status`` is negative for a signal; ``words`` its last lines."""
+
+    def __init__(self, program: str, status: int, words: Sequence[str], *, hint: str = "") -> None:
+        said = "; ".join(words) or "it said nothing"
+        how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
+        super().__init__(
+            Code.COMMAND_FAILED,
+            f"{program} {how}: {said}",
+            hint=hint,
+            details={"program": program, "status": status, "last_words": list(words)},
+        )
+        self.program, self.status, self.words = program, status, tuple(words)
+
+
+class Commands:
+    """Starts programs with a clean environment.
+
+    ``environment`` is added to it: proxies, for example, which only the daemon's settings may read.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = {"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8", "HOME": "/", **(environment or {})}
+
+    def find(self, program: str) -> str:
+        """The program's path. Raises ``host-lacks`` naming the package that has it."""
+        found = shutil.which(program, path=self._environment["PATH"])
+        if found is None:
+            package = PACKAGES.get(program, program)
+            raise MicaError(
+                Code.HOST_LACKS,
+                f"the program {program} is not installed",
+                hint=f"apt-get install {package}",
+                details={"program": program, "package": package},
+            )
+        return found
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout_s: float,
+        stdout: Line | IO[bytes] | None = None,
+        stderr: Line | None = None,
+        stdin: IO[bytes] | None = None,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        accept: Sequence[int] = (0,),
+    ) -> int:
+        """Run a program to its end and return its status.
+
+        ``stdout`` and ``stderr`` get the lines without their ends, as they come; a file as ``stdout`` gets the bytes.
+        When the deadline passes or the caller is cancelled, the program gets SIGTERM, ``GRACE_S`` seconds to clean
+        up, then SIGKILL with its process group. Raises :class:`CommandError` for a status not in ``accept``,
+        ``timeout``, ``host-lacks``.
+        """
+        words: deque[str] = deque(maxlen=_LAST_LINES)
+        plain_file = stdout is not None and not callable(stdout)
+        process = await asyncio.create_subprocess_exec(
+            self.find(argv[0]),
+            *argv[1:],
+            stdin=stdin if stdin is not None else asyncio.subprocess.DEVNULL,
+            stdout=stdout if plain_file else asyncio.subprocess.PIPE,  # type: ignore[arg-type]
+            stderr=asyncio.subprocess.PIPE,
+            cwd=cwd,
+            env={**self._environment, **(environment or {})},
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as readers:
+                if process.stdout is not None:
+                    readers.create_task(_lines(process.stdout, stdout if callable(stdout) else None, None))
+                assert process.stderr is not None
+                readers.create_task(_lines(process.stderr, stderr, words))
+                await process.wait()
+                # A straggler would hold the pipes open, and the readers with them.
+                _signal_group(process.pid, signal.SIGKILL)
+        except TimeoutError as error:
+            raise MicaError(
+                Code.TIMEOUT,
+                f"{argv[0]} did not end within {timeout_s:g} s; last words: {'; '.join(words) or 'none'}",
+                hint="look at the load of this host and at its network, then try again",
+                retryable=True,
+            ) from error
+        finally:
+            await _end(process)
+        assert process.returncode is not None
+        if process.returncode not in accept:
+            raise CommandError(argv[0], process.returncode, list(words))
+        return process.returncode
+
+    async def output(self, argv: Sequence[str], *, timeout_s: float, cwd: Path | None = None) -> str:
+        """What a program writes to its standard output (a few lines; longer lines are cut)."""
+        lines: list[str] = []
+        await self.run(argv, timeout_s=timeout_s, stdout=lines.append, cwd=cwd)
+        return "\n".join(lines)
+
+
+async def _lines(stream: asyncio.StreamReader, see: Line | None, keep: deque[str] | None) -> None:
+    """Hand over lines (ended by a newline or, as progress bars do, by a carriage return), cut to a bound."""
+    rest = b""
+    while chunk := await stream.read(65536):
+        *whole, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
+        rest = rest[:_LINE_LIMIT]
+        for raw in whole:
+            _hand_over(raw, see, keep)
+    _hand_over(rest, see, keep)
+
+
+def _hand_over(raw: bytes, see: Line | None, keep: deque[str] | None) -> None:
+    line = raw[:_LINE_LIMIT].decode(errors="replace").rstrip()
+    if not line:
+        return
+    if keep is not None:
+        keep.append(line)
+    if see is not None:
+        see(line)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Make sure that the process and its group are gone, also when the caller is being cancelled."""
+    if process.returncode is not None:
+        return
+    waiter = asyncio.ensure_future(_terminate(process))
+    while not waiter.done():
+        # A second cancellation must not leave the program running; _terminate has its own deadline.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(waiter)
+    waiter.result()
+
+
+async def _terminate(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        async with asyncio.timeout(GRACE_S):
+            await process.wait()
+    except TimeoutError:
+        pass
+    finally:
+        _signal_group(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    # The group outlives its leader while members are left, and only then does its id stay ours.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
