@@ -1,0 +1,73 @@
+"""What the API needs of the engine, as small Protocols. ``mica.engine.engine.Engine`` is all of them together.
+
+Every method raises :class:`mica.model.errors.MicaError` and nothing else that a person should read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from mica.model.doctor import DoctorReport
+from mica.model.operation import Actor, Operation
+from mica.model.views import Event, HostView, ImagePage, ImageView, OperationPage, VmPage, VmView
+
+
+class Verbs(Protocol):
+    """Everything that changes something is accepted as a durable operation."""
+
+    async def submit(
+        self,
+        verb: str,
+        target: str,
+        params: msgspec.Struct,
+        *,
+        by: Actor,
+        if_match: int | None = None,
+        idempotency_key: str = "",
+    ) -> Operation:
+        """``target`` is a VM's id, the unique beginning of one, or its name; an image's name or digest; or empty."""
+
+    async def cancel(self, operation_id: str, *, by: Actor) -> Operation: ...
+
+    async def resolve(self, operation_id: str, how: str, *, by: Actor) -> Operation: ...
+
+
+class Reads(Protocol):
+    """What there is. Lists come in pages of at most ``limit``."""
+
+    async def vm(self, ref: str) -> VmView: ...
+
+    async def vms(
+        self, *, after: str = "", limit: int = 100, trashed: bool = False, labels: dict[str, str] | None = None
+    ) -> VmPage: ...
+
+    async def operation(self, operation_id: str) -> Operation: ...
+
+    async def operations(
+        self, *, after: str = "", limit: int = 100, vm: str = "", active: bool = False
+    ) -> OperationPage:
+        """Newest first."""
+
+    async def image(self, ref: str) -> ImageView: ...
+
+    async def images(self) -> ImagePage: ...
+
+    async def host(self) -> HostView: ...
+
+    async def doctor(self, *, fresh: bool = False) -> DoctorReport: ...
+
+
+class Changes(Protocol):
+    """What happens."""
+
+    async def revision(self) -> int: ...
+
+    def events(self, since: int | None) -> AsyncIterator[Event]:
+        """Events after ``since`` and then live ones, without end. Raises ``gone`` at once when that is too old."""
+
+
+class Facade(Verbs, Reads, Changes, Protocol):
+    """The engine as the API sees it."""
