@@ -82,6 +82,17 @@ class QemuHypervisor:
         self._log_dir = log_dir
         self._join_slice = join_slice
         self._clock = clock
+        self._attached: dict[str, QemuMachine] = {}
+
+    async def close(self) -> None:
+        """Let go of all machines; they live on."""
+        for vm_id in list(self._attached):
+            await self._let_go(vm_id)
+
+    async def _let_go(self, vm_id: str) -> None:
+        machine = self._attached.pop(vm_id, None)
+        if machine is not None:
+            await machine.close()
 
     # ── what can run ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -223,9 +234,12 @@ class QemuHypervisor:
             if jailed.process.alive:
                 raise
             return None
-        return QemuMachine(
+        vm_id = Path(handle.ram).name
+        await self._let_go(vm_id)
+        machine = self._attached[vm_id] = QemuMachine(
             jailed, monitor, log_file=messages, log_offset=handle.log_offset, agent_port=runtime.spec.agent
         )
+        return machine
 
     async def autopsy(self, runtime: VmRuntime) -> Exit:
         handle = msgspec.convert(runtime.handle, Handle)
@@ -243,6 +257,7 @@ class QemuHypervisor:
             with found:
                 found.process.kill()
                 await found.wait_exit(LAUNCH_TIMEOUT_S)
+        await self._let_go(vm_id)
         if directory.exists():
             shutil.rmtree(directory)
         (self._ram_dir / vm_id).unlink(missing_ok=True)
@@ -263,7 +278,7 @@ class QemuHypervisor:
         return directory
 
     def _make_ram(self, vm_id: str, size: Bytes) -> Path:
-        """The file that is the guest's RAM. Its pages are charged to the machine's group when the guest touches them."""
+        """The file that is the guest's RAM. A page is charged to the machine's group when the guest touches it."""
         self._ram_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
         file = self._ram_dir / vm_id
         descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)

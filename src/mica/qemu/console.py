@@ -1,0 +1,216 @@
+"""The serial console: a history with offsets that never move, then what comes, for any number of watchers.
+
+QEMU writes all output to a log file whoever looks; that file is the truth. A connection to the serial socket is held
+only while somebody watches: it carries input to the guest, and its output is used as a doorbell, nothing more, since
+QEMU writes the log right after the socket.
+
+The log is bounded by punching a hole into its beginning (fallocate(2)): offsets stay, the disk gets its blocks back,
+and QEMU, which appends, notices nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import structlog
+
+from mica.model.errors import Code, MicaError
+
+log = structlog.get_logger()
+
+KEEP = 1024 * 1024
+FIRST_LOOK = 64 * 1024
+CHUNK = 64 * 1024
+WRITE_TIMEOUT_S = 10.0
+# After the doorbell the log may be a moment behind.
+SETTLE_S = 0.005
+
+_FALLOC_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02  # linux/falloc.h
+_BLOCK = 4096
+
+
+class _Line:
+    """One VM's connection to its serial port, shared by its watchers."""
+
+    def __init__(self) -> None:
+        self.watchers = 0
+        self.reader: asyncio.StreamReader | None = None
+        self.writer: asyncio.StreamWriter | None = None
+        self.bell = asyncio.Condition()
+        self.rung = 0
+        self.ended = False
+        self.task: asyncio.Task[None] | None = None
+        self.opening = asyncio.Lock()
+
+
+class Consoles:
+    """The serial consoles of all VMs of one daemon."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self._log_dir = log_dir
+        self._lines: dict[str, _Line] = {}
+
+    def file(self, vm_id: str) -> Path:
+        return self._log_dir / vm_id / "console.log"
+
+    async def follow(self, vm_id: str, socket: Path | None, offset: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        """``(offset, data)`` from the history on, then as it comes; ends when the VM's process does.
+
+        ``offset`` ``None`` begins 64 KiB before the end; one that is no longer kept begins where the history does.
+        ``socket`` is ``None`` for a VM that does not run: then there is only history.
+        """
+        async with self._watch(vm_id, socket) as line:
+            at = self._begin(vm_id, offset)
+            while True:
+                rung = line.rung
+                data = self._read(vm_id, at)
+                if data:
+                    yield at, data
+                    at += len(data)
+                    continue
+                if line.ended:
+                    return
+                async with line.bell:
+                    while line.rung == rung and not line.ended:
+                        await line.bell.wait()
+                await asyncio.sleep(SETTLE_S)
+
+    async def write(self, vm_id: str, socket: Path, data: bytes) -> None:
+        """Type ``data``. Raises ``timeout`` when the guest does not take it, ``state-conflict`` when it has ended."""
+        async with self._watch(vm_id, socket) as line:
+            if line.writer is None:
+                raise MicaError(Code.STATE_CONFLICT, "the VM has ended, its console takes no input")
+            line.writer.write(data)
+            try:
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await line.writer.drain()
+            except TimeoutError as error:
+                raise MicaError(Code.TIMEOUT, "the guest does not read its console", retryable=True) from error
+            except OSError as error:
+                raise MicaError(Code.STATE_CONFLICT, "the VM has just ended") from error
+
+    def tail(self, vm_id: str, size: int) -> bytes:
+        """The last ``size`` bytes of the history; empty when there is none."""
+        file = self.file(vm_id)
+        if not file.exists():
+            return b""
+        begin = max(self._first(vm_id), file.stat().st_size - size)
+        with file.open("rb") as stream:
+            stream.seek(begin)
+            return stream.read(size)
+
+    def trim(self, vm_id: str) -> None:
+        """Bring the history down to its bound. Cheap when there is nothing to do."""
+        file = self.file(vm_id)
+        try:
+            status = file.stat()
+        except FileNotFoundError:
+            return
+        if status.st_blocks * 512 <= 2 * KEEP:
+            return
+        end = (status.st_size - KEEP) // _BLOCK * _BLOCK
+        descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            _punch_hole(descriptor, end)
+        except OSError as error:
+            log.warning("console history cannot be trimmed", vm=vm_id, error=error.strerror)
+        finally:
+            os.close(descriptor)
+
+    def remove(self, vm_id: str) -> None:
+        self.file(vm_id).unlink(missing_ok=True)
+
+    async def close(self) -> None:
+        for line in list(self._lines.values()):
+            await self._hang_up(line)
+        self._lines.clear()
+
+    def _first(self, vm_id: str) -> int:
+        """The first offset that is still kept."""
+        with self.file(vm_id).open("rb") as stream:
+            try:
+                return os.lseek(stream.fileno(), 0, os.SEEK_DATA)
+            except OSError:  # ENXIO: nothing but a hole, or empty
+                return self.file(vm_id).stat().st_size
+
+    def _begin(self, vm_id: str, offset: int | None) -> int:
+        file = self.file(vm_id)
+        if not file.exists():
+            return 0
+        size = file.stat().st_size
+        wanted = size - FIRST_LOOK if offset is None else min(offset, size)
+        return max(self._first(vm_id), wanted, 0)
+
+    def _read(self, vm_id: str, at: int) -> bytes:
+        try:
+            with self.file(vm_id).open("rb", buffering=0) as stream:
+                stream.seek(at)
+                return stream.read(CHUNK)
+        except FileNotFoundError:
+            return b""
+
+    @asynccontextmanager
+    async def _watch(self, vm_id: str, socket: Path | None) -> AsyncIterator[_Line]:
+        if socket is None:
+            line = _Line()
+            line.ended = True
+            yield line
+            return
+        line = self._lines.setdefault(vm_id, _Line())
+        line.watchers += 1
+        try:
+            async with line.opening:
+                if line.task is None:
+                    await self._dial(line, socket)
+            yield line
+        finally:
+            line.watchers -= 1
+            if line.watchers == 0 and self._lines.get(vm_id) is line:
+                del self._lines[vm_id]
+                await asyncio.shield(self._hang_up(line))
+
+    async def _dial(self, line: _Line, socket: Path) -> None:
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                line.reader, line.writer = await asyncio.open_unix_connection(str(socket))
+        except (TimeoutError, OSError):
+            line.ended = True  # it has just ended; the history is still there
+            return
+        line.task = asyncio.get_running_loop().create_task(self._listen(line), name="console")
+
+    async def _listen(self, line: _Line) -> None:
+        assert line.reader is not None
+        try:
+            while await line.reader.read(CHUNK):
+                await _ring(line)
+        except OSError as error:
+            log.info("console connection lost", error=str(error))
+        line.ended = True
+        await _ring(line)
+
+    async def _hang_up(self, line: _Line) -> None:
+        if line.task is not None:
+            line.task.cancel()
+            await asyncio.wait({line.task})
+        if line.writer is not None:
+            line.writer.close()
+
+
+async def _ring(line: _Line) -> None:
+    async with line.bell:
+        line.rung += 1
+        line.bell.notify_all()
+
+
+def _punch_hole(descriptor: int, end: int) -> None:
+    """Give the blocks before ``end`` back to the file system; the size stays (fallocate(2)). Raises ``OSError``."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if libc.fallocate(descriptor, _FALLOC_KEEP_SIZE_PUNCH_HOLE, 0, end) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
