@@ -1,0 +1,1 @@
+"""The daemon: settings, and the only place that builds objects."""

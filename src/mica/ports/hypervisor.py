@@ -130,7 +130,10 @@ class Hypervisor(Protocol):
         """How a machine that is gone ended, from what it left behind."""
 
     async def cleanup(self, vm_id: str, runtime: VmRuntime | None) -> None:
-        """End a machine that may be left of ``vm_id`` and remove everything but its disks. Idempotent."""
+        """End a machine that may be left of ``vm_id`` and remove everything but its disks and logs. Idempotent."""
+
+    async def erase(self, vm_id: str) -> None:
+        """As :meth:`cleanup`, and its logs too. Idempotent."""
 
     async def leftovers(self, known: set[str]) -> list[str]:
         """Ids of VMs that have something on this host although they are not in ``known``."""

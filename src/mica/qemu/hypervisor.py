@@ -262,9 +262,15 @@ class QemuHypervisor:
             shutil.rmtree(directory)
         (self._ram_dir / vm_id).unlink(missing_ok=True)
 
+    async def erase(self, vm_id: str) -> None:
+        await self.cleanup(vm_id, None)
+        logs = self._log_dir / vm_id
+        if logs.exists():
+            shutil.rmtree(logs)
+
     async def leftovers(self, known: set[str]) -> list[str]:
         found: set[str] = set()
-        for root in (self._vm_dir, self._ram_dir):
+        for root in (self._vm_dir, self._ram_dir, self._log_dir):
             if root.is_dir():
                 found |= {entry.name for entry in root.iterdir()}
         return sorted(found - known)

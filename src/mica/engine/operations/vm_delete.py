@@ -121,7 +121,7 @@ async def empty(context: Context) -> None:
     if await env.records.statuses.get(vm_id) is not None:
         await set_state(env, vm_id, lambda o: moved(env, o, VmState.DELETING))
     await env.guests.forget(vm_id)
-    await env.hypervisor.cleanup(vm_id, None)
+    await env.hypervisor.erase(vm_id)
     await env.volumes.remove(vm_id)
 
 

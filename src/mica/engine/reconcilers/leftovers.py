@@ -17,7 +17,7 @@ async def reconcile(env: Env) -> str:
     }
     removed = []
     for vm_id in sorted({*running, *owners} - known - busy):
-        await env.hypervisor.cleanup(vm_id, None)
+        await env.hypervisor.erase(vm_id)
         await env.volumes.remove(vm_id)
         removed.append(vm_id[:8])
     return f"removed leftovers of {', '.join(removed)}" if removed else ""
