@@ -16,6 +16,7 @@ from mica.host.processes import CLEAN_ENVIRONMENT
 from mica.model.errors import Code, MicaError
 
 MAX_OUTPUT = 16 * 1024**2
+_KILLED_S = 5.0
 
 
 class Answer(NamedTuple):
@@ -51,8 +52,10 @@ async def ask(
     """Run ``argv`` (``argv[0]`` is a path) to its end, in a session of its own.
 
     When this returns or raises, also on cancellation, the program and its process group are killed and reaped.
-    Raises ``host-lacks`` when it cannot be executed, ``timeout`` after ``timeout_s`` seconds, and ``command-failed``
-    when it writes more than ``max_output`` bytes to one stream. Any exit status is an answer.
+    One that hangs in the kernel, where no signal reaches it, is left to its fate after another five seconds.
+    Raises ``host-lacks`` when it cannot be executed, ``timeout`` after ``timeout_s`` seconds (``details["said"]`` is
+    the end of its output), and ``command-failed`` when it writes more than ``max_output`` bytes to one stream. Any
+    exit status is an answer.
     """
     try:
         process = await asyncio.create_subprocess_exec(
@@ -75,7 +78,10 @@ async def ask(
             for stream, into in ((process.stdout, out), (process.stderr, err)):
                 group.create_task(_take(stream, into, argv[0], max_output))
     except TimeoutError as error:
-        raise MicaError(Code.TIMEOUT, f"{argv[0]} did not end within {timeout_s:g} s", retryable=True) from error
+        said = out[-4000:].decode(errors="replace")
+        raise MicaError(
+            Code.TIMEOUT, f"{argv[0]} did not end within {timeout_s:g} s", retryable=True, details={"said": said}
+        ) from error
     except ExceptionGroup as several:
         raise several.exceptions[0] from several
     finally:
@@ -107,16 +113,18 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     cleaner = asyncio.ensure_future(_drain(process))
     while not cleaner.done():
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, TimeoutError):
             await asyncio.shield(cleaner)
-    cleaner.result()
+    with contextlib.suppress(TimeoutError):
+        cleaner.result()
 
 
 async def _drain(process: asyncio.subprocess.Process) -> None:
     assert process.stdin is not None
     process.stdin.close()
-    for stream in (process.stdout, process.stderr):
-        assert stream is not None
-        while await stream.read(65536):
-            pass
-    await process.wait()
+    async with asyncio.timeout(_KILLED_S):
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            while await stream.read(65536):
+                pass
+        await process.wait()
