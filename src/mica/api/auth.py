@@ -9,10 +9,11 @@ from __future__ import annotations
 import array
 import grp
 import hmac
+import os
 import pwd
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -22,7 +23,6 @@ from mica.model.operation import Actor
 
 # asm-generic/socket.h, since Linux 4.13; the socket module has no name for it.
 SO_PEERGROUPS = 59
-_MAX_GROUPS = 65536
 _UCRED = struct.Struct("3i")
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -42,24 +42,24 @@ def peer_of(sock: socket.socket | None) -> Peer | None:
         return None
     pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4096)
-    except OSError:
-        try:
-            raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _MAX_GROUPS * 4)
-        except OSError:
-            raw = b""  # an old kernel: the primary group is all we know
-    groups = array.array("I", raw[: len(raw) - len(raw) % 4])
-    return Peer(pid, uid, gid, tuple(groups))
+        # 1024 bytes, 256 groups, is the most that the socket module asks for.
+        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
+        groups = tuple(array.array("I", raw))
+    except OSError:  # more groups than that, or an old kernel: the host's database has to do
+        groups = tuple(os.getgrouplist(user_name(uid), gid))
+    return Peer(pid, uid, gid, groups)
 
 
-def _group_id(name: str) -> int | None:
+def group_id(name: str) -> int | None:
+    """The id of a group of this host, ``None`` where there is none of that name."""
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         return None
 
 
-def _user_name(uid: int) -> str:
+def user_name(uid: int) -> str:
+    """The name of a user, or the number where there is none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -67,11 +67,17 @@ def _user_name(uid: int) -> str:
 
 
 class Access:
-    """The rule of who may do what. ``uid`` is the daemon's own; ``token`` is empty where TCP is not served."""
+    """The rule of who may do what. ``uid`` is the daemon's own; ``token`` is empty where TCP is not served.
 
-    def __init__(self, *, uid: int, group: str = "mica", token: str = "") -> None:
+    ``lookup`` finds the id of ``group``, anew for each request: it may be made while the daemon runs.
+    """
+
+    def __init__(
+        self, *, uid: int, group: str = "mica", token: str = "", lookup: Callable[[str], int | None] = group_id
+    ) -> None:
         self._uid = uid
         self._group = group
+        self._lookup = lookup
         self._token = token.encode()
         self._names: dict[int, str] = {}
 
@@ -96,14 +102,14 @@ class Access:
         )
 
     def _in_group(self, peer: Peer) -> bool:
-        gid = _group_id(self._group)
+        gid = self._lookup(self._group)
         return gid is not None and (peer.gid == gid or gid in peer.groups)
 
     def _name(self, uid: int) -> str:
         if uid not in self._names:
             if len(self._names) >= 1024:
                 self._names.clear()
-            self._names[uid] = _user_name(uid)
+            self._names[uid] = user_name(uid)
         return self._names[uid]
 
     @staticmethod

@@ -59,12 +59,17 @@ class _Body(ASGIResponse):
             await first(self._pump(send), _gone(receive), self._closing.wait())
             return
         if self._source.endless:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            with suppress(TimeoutError):
+                await first(self._end(send), _gone(receive), timeout_s=0.2)
 
     async def _pump(self, send: Send) -> None:
         async with aclosing(self._source.chunks()) as chunks:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._end(send)
+
+    @staticmethod
+    async def _end(send: Send) -> None:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
