@@ -16,6 +16,7 @@ Names of disks are DNS labels, so nothing here can be mistaken for a disk.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -46,7 +47,7 @@ from mica.storage.qcow2 import is_qcow2
 from mica.storage.qemu_img import QemuImg
 
 NVRAM: Final = "nvram_vars"
-_VM_ID: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$")
+_VM_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 # What an empty qcow2 image takes at most before anything is written to it: header, tables, one cluster each.
 _EMPTY_QCOW2: Final = MIB
 
@@ -107,7 +108,7 @@ class DirectoryVolumes:
                 await asyncio.to_thread(write_whole, about, msgspec.json.encode(record))
                 await asyncio.to_thread(put_in_place, temporary, path)
             except BaseException:
-                temporary.unlink(missing_ok=True)
+                _give_up(temporary)
                 raise
         return self._look(directory, disk)
 
@@ -168,10 +169,12 @@ class DirectoryVolumes:
             if not self._root.exists():
                 return set()
             entries = os.scandir(self._root)
-            return {entry.name for entry in entries if _VM_ID.match(entry.name) and entry.is_dir(follow_symlinks=False)}
+            return {
+                entry.name for entry in entries if _VM_ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            }
 
     def _directory(self, vm_id: str) -> Path:
-        if not _VM_ID.match(vm_id):
+        if not _VM_ID.fullmatch(vm_id):
             raise invalid(f"{vm_id!r} cannot be the id of a VM")
         return self._root / vm_id
 
@@ -250,7 +253,7 @@ class DirectoryVolumes:
             await self._qemu_img.convert(self._template, format_, temporary, DiskFormat.QCOW2, size)
             await asyncio.to_thread(put_in_place, temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            _give_up(temporary)
             raise
 
     # Looking at volumes.
@@ -305,6 +308,13 @@ def _fresh(temporary: Path) -> None:
     """An empty file that only we may read, for whoever fills it; what an earlier attempt left there is gone."""
     temporary.unlink(missing_ok=True)
     temporary.touch(mode=0o600, exist_ok=False)
+
+
+def _give_up(temporary: Path) -> None:
+    """Leave nothing of what could not be finished."""
+    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other volumes are in the directory
+        temporary.parent.rmdir()
 
 
 def _hand_over(path: Path, owner: tuple[int, int] | None) -> None:
