@@ -35,7 +35,7 @@ _PACKAGES = Path(__file__).parents[3]
 class KvmProver:
     """``in_qemu`` tells whether the QEMU that would use it was built with KVM; ``user`` and ``uid`` are who we are.
 
-    ``probe`` is the argument vector of the child, ``root`` where ``proc`` and ``sys`` lie.
+    ``probe`` is the argument vector of the child (the device is added), ``root`` where ``proc`` and ``sys`` lie.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class KvmProver:
         try:
             # The child finds this very package, wherever it was imported from.
             environment: Mapping[str, str] = {**CLEAN_ENVIRONMENT, "PYTHONPATH": str(_PACKAGES)}
-            answer = await ask(self._probe, timeout_s=self._deadline_s, env=environment)
+            answer = await ask([*self._probe, self._device], timeout_s=self._deadline_s, env=environment)
         except MicaError as error:
             if error.code is not Code.TIMEOUT:
                 return _proof(_no(f"the probe did not run: {error.message}"))

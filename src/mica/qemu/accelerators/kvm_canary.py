@@ -1,4 +1,5 @@
-"""Run the canary on KVM, in a process of its own: ``python -m mica.qemu.accelerators.kvm_canary``.
+"""Run the canary on KVM, in a process of its own: ``python -m mica.qemu.accelerators.kvm_canary
+[DEVICE]``.
 
 A KVM that lies may never come back from an ``ioctl``, so this process exists to be killed. It writes one JSON object
 per line: ``{"step": …}`` when a step begins, and at the end the verdict.
@@ -100,7 +101,7 @@ def _drive(
     return judge.fail(f"step {judge.current}: the guest did not end after {_MAX_EXITS} exits")
 
 
-def main(out: BinaryIO, device: str = DEVICE) -> None:
+def main(out: BinaryIO, device: str) -> None:
     def say(line: Line) -> None:
         out.write(msgspec.json.encode(line) + b"\n")
         out.flush()
@@ -115,4 +116,4 @@ def main(out: BinaryIO, device: str = DEVICE) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.stdout.buffer)
+    main(sys.stdout.buffer, sys.argv[1] if len(sys.argv) > 1 else DEVICE)
