@@ -76,8 +76,8 @@ class Machines(Protocol):
 
 
 @dataclass(frozen=True)
-class Env:
-    """Everything a step may use. Built once, by the composition root."""
+class Ports:
+    """What the engine needs from outside. Built once, by the composition root."""
 
     records: Records
     clock: Clock
@@ -89,6 +89,12 @@ class Env:
     images: Images
     guests: Guests
     policy: Policy
+
+
+@dataclass(frozen=True)
+class Env(Ports):
+    """Everything a step may use: the ports, and what the engine itself has in memory."""
+
     machines: Machines
     sampler: Sampler
 

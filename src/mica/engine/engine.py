@@ -7,13 +7,12 @@ import hashlib
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace as with_fields
 
 import msgspec
 import structlog
 
 from mica.engine.actor import Actor, VmActor, vm_verbs
-from mica.engine.definition import Definition, Env, Proposal
+from mica.engine.definition import Definition, Env, Ports, Proposal
 from mica.engine.inbox import decide
 from mica.engine.reconcilers import make_loops
 from mica.engine.records import MAX_ATTEMPTS, Claim, Draft, contended
@@ -35,14 +34,11 @@ ENGINE = By("mica", "engine")
 
 
 class Engine:
-    """One host's engine. Use :meth:`running`; every other method needs it to run.
+    """One host's engine. Use :meth:`running`; every other method needs it to run."""
 
-    ``env`` comes without machines and sampler: the engine is the former and makes the latter.
-    """
-
-    def __init__(self, env: Env) -> None:
-        self.sampler = UsageSampler(env)
-        self.env = with_fields(env, machines=self, sampler=self.sampler)
+    def __init__(self, ports: Ports) -> None:
+        self.sampler = UsageSampler(ports)
+        self.env = Env(**vars(ports), machines=self, sampler=self.sampler)
         self.views = Views(self.env, self)
         self.loops = make_loops(self.env, self)
         self._vms: dict[str, VmActor] = {}

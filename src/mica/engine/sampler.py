@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mica.engine.admission import Candidate
-from mica.engine.definition import Env
+from mica.engine.definition import Ports
 from mica.engine.records import Ledger
 from mica.model.errors import MicaError
 from mica.model.units import Bytes
@@ -29,7 +29,7 @@ class _Sample:
 class UsageSampler:
     """Call :meth:`sample` every few seconds; everything else reads what it saw."""
 
-    def __init__(self, env: Env) -> None:
+    def __init__(self, env: Ports) -> None:
         self._env = env
         self._samples: dict[str, _Sample] = {}
 

@@ -65,8 +65,7 @@ class QemuHypervisor:
     def __init__(
         self,
         *,
-        host: QemuHost,
-        jail: Jail,
+        probe: Callable[[], Awaitable[tuple[QemuHost, Jail]]],
         users: JailUsers,
         runtime_dir: Path,
         ram_dir: Path,
@@ -74,8 +73,9 @@ class QemuHypervisor:
         join_slice: Callable[[dict[str, Any], int], Awaitable[None]],
         clock: Clock,
     ) -> None:
-        self._host = host
-        self._jail = jail
+        self._probe = probe
+        self._found: tuple[QemuHost, Jail] | None = None
+        self._missing: MicaError | None = None
         self._users = users
         self._vm_dir = runtime_dir / "vm"
         self._ram_dir = ram_dir
@@ -83,6 +83,30 @@ class QemuHypervisor:
         self._join_slice = join_slice
         self._clock = clock
         self._attached: dict[str, QemuMachine] = {}
+
+    async def look(self) -> None:
+        """Find QEMU, its accelerator and its jail. What is missing is told by whatever needs it, after a new look."""
+        try:
+            self._found, self._missing = await self._probe(), None
+        except MicaError as error:
+            self._missing = error
+
+    @property
+    def _host(self) -> QemuHost:
+        return self._here()[0]
+
+    @property
+    def _jail(self) -> Jail:
+        return self._here()[1]
+
+    def _here(self) -> tuple[QemuHost, Jail]:
+        if self._found is None:
+            raise self._missing or MicaError(Code.HOST_LACKS, "this host was not looked at yet", retryable=True)
+        return self._found
+
+    @property
+    def found(self) -> QemuHost | None:
+        return self._found[0] if self._found else None
 
     async def close(self) -> None:
         """Let go of all machines; they live on."""
@@ -100,11 +124,13 @@ class QemuHypervisor:
         total = BASE_OVERHEAD + PER_CPU_OVERHEAD * spec.cpus + NIC_OVERHEAD * len(spec.nics)
         if spec.display and spec.machine is not Machine.MINIMAL:
             total += DISPLAY_OVERHEAD
-        if self._host.accelerator is Accelerator.TCG:
+        if self._found is None or self._host.accelerator is Accelerator.TCG:
             total += accel.translation_buffer(spec)
         return Bytes(total)
 
     async def check(self, spec: VmSpec) -> None:
+        if self._found is None:
+            await self.look()  # it may have been installed meanwhile
         build = self._host.build
         if spec.cpu_model and spec.cpu_model not in {*build.cpu_models, "host", "max"}:
             near = sorted(m for m in build.cpu_models if m.lower().startswith(spec.cpu_model[:3].lower()))

@@ -1,0 +1,77 @@
+"""User-mode networking for VMs: the NICs of kind ``user`` get a passt each, those of kind ``none`` nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from mica.model.errors import invalid
+from mica.model.vm import NetworkKind, NicRuntime, Vm
+from mica.network import addresses, passt
+from mica.network.passt import Link, Owner, Passt, PasstHandle
+from mica.network.ports import reserve
+
+
+class UserNetworks:
+    """Implements :class:`mica.ports.networks.Networks`.
+
+    ``find`` finds and proves passt when a NIC first needs it, and again until there is one; it raises ``host-lacks``.
+    ``owner`` gives the users of a VM's network process by its slot, ``None`` without privileges.
+    """
+
+    def __init__(
+        self,
+        *,
+        runtime_dir: Path,
+        find: Callable[[], Awaitable[Passt]],
+        owner: Callable[[int], Owner | None],
+    ) -> None:
+        self._root = runtime_dir / "net"
+        self._find = find
+        self._tool: Passt | None = None
+        self._finding = asyncio.Lock()
+        self._owner = owner
+
+    def _directory(self, vm_id: str, nic: str) -> Path:
+        return self._root / vm_id / nic
+
+    async def attach(self, vm: Vm, nic: str) -> NicRuntime:
+        index, spec = next((i, n) for i, n in enumerate(vm.spec.nics) if n.name == nic)
+        if spec.network == NetworkKind.NONE:
+            return NicRuntime(name=nic, handle={"kind": "none"})
+        if spec.network != NetworkKind.USER:
+            raise invalid(f"NIC {nic} asks for network {spec.network!r}", hint="there are: user, none")
+        async with self._finding:
+            tool = self._tool = self._tool or await self._find()
+        pool = addresses.choose_pool([network for _, network in addresses.read_routes()])
+        given = addresses.nic_addresses(pool, vm.slot, index)
+        directory = self._directory(vm.id, nic)
+        # A restart within moments finds its own old ports taken by the passt that is about to be replaced.
+        await passt.stop_left(directory)
+        publish = tuple(reserve(spec.publish))
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o711)
+        directory.parent.mkdir(exist_ok=True, mode=0o711)
+        link = Link(directory=directory, addresses=given, publish=publish, owner=self._owner(vm.slot))
+        handle = await passt.start(tool, link)
+        return NicRuntime(
+            name=nic,
+            address=given.address.partition("/")[0],
+            publish=publish,
+            handle={"kind": "stream", "socket": handle.socket, "passt": msgspec.to_builtins(handle)},
+        )
+
+    async def detach(self, vm_id: str, nic: NicRuntime) -> None:
+        known = nic.handle.get("passt")
+        directory = self._directory(vm_id, nic.name)
+        if known is not None:
+            await passt.stop(msgspec.convert(known, PasstHandle))
+        await passt.stop_left(directory)
+        if directory.parent.is_dir() and not any(directory.parent.iterdir()):
+            directory.parent.rmdir()
+
+    async def healthy(self, nic: NicRuntime) -> bool:
+        known = nic.handle.get("passt")
+        return known is None or passt.healthy(msgspec.convert(known, PasstHandle))
