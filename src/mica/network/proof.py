@@ -1,0 +1,155 @@
+"""Proof that a guest cannot reach the host's loopback through passt: forge the frames of a hostile guest and listen.
+
+``--no-map-gw`` closes passt's own door to the loopback, the gateway address. Releases before 2024 leave another: they
+connect to whatever address a frame names. So this opens listeners on this host, sends passt frames to every address
+that means "this host", and believes only what arrives. The same frames to an address of the host that a guest may
+reach show that the frames themselves are good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address
+from pathlib import Path
+
+import msgspec
+
+from mica.model.errors import Code, MicaError
+from mica.network import addresses, passt
+from mica.network.frames import Address, datagram, syn
+
+_TARGETS: tuple[Address, ...] = tuple(
+    map(ip_address, ("127.0.0.1", "127.255.0.1", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1", "::127.0.0.1"))  # noqa: S104
+)
+_CONTROL_TIMEOUT_S = 2.0
+_QUIET_S = 0.1
+_POOL = addresses.choose_pool([])
+
+
+async def prove(found: passt.Passt, directory: Path, owner: Callable[[], passt.Owner | None]) -> passt.Passt:
+    """Start passt once as a VM's would be and attack it; about 0.2 s. ``directory`` holds what that needs meanwhile.
+
+    Returns it with ``sieve`` set where it is needed, and with ``proof``. Raises ``host-lacks`` when even the sieve
+    does not hold, and what :func:`mica.network.passt.start` raises.
+    """
+    reached, controlled = await _attack(msgspec.structs.replace(found, sieve=False), directory, owner())
+    shown = "" if controlled else " (this host has no other address, so nothing shows that the frames were good)"
+    if not reached:
+        return msgspec.structs.replace(found, sieve=False, proof=f"forged frames to the loopback were dropped{shown}")
+    sieved = msgspec.structs.replace(found, sieve=True)
+    still, _ = await _attack(sieved, directory, owner())
+    if still:
+        raise MicaError(
+            Code.HOST_LACKS,
+            f"a guest could reach {', '.join(still)} on this host through {found.path}",
+            hint="install a newer passt",
+        )
+    return msgspec.structs.replace(
+        sieved, proof=f"passt lets forged frames through to {', '.join(reached)}; the sieve before it drops them{shown}"
+    )
+
+
+async def _attack(found: passt.Passt, directory: Path, owner: passt.Owner | None) -> tuple[list[str], bool]:
+    """(targets that were reached, whether the control arrived)"""
+    with ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="p", dir=directory)))
+        base.chmod(0o711)
+        given = addresses.nic_addresses(_POOL, addresses.SLOTS - 1, 0)
+        link = passt.Link(directory=base / "n", addresses=given, owner=owner)
+        listeners = _Listeners(stack)
+        handle = await passt.start(found, link)
+        try:
+            guest = stack.enter_context(socket.socket(socket.AF_UNIX))
+            guest.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(guest, handle.socket)
+            sources: dict[int, Address] = {
+                4: IPv4Interface(given.address).ip,
+                6: IPv6Interface(given.address6).ip,
+            }
+            control = _own_address()
+            targets = (*_TARGETS, *((control,) if control is not None else ()))
+            for number, target in enumerate(targets):
+                source, port = sources[target.version], 40000 + number
+                await loop.sock_sendall(guest, datagram(source, target, port, listeners.port, str(target).encode()))
+                await loop.sock_sendall(guest, syn(source, target, port, listeners.port))
+            seen = await listeners.heard(str(control) if control is not None else None)
+        finally:
+            await passt.stop(handle)
+    wanted = {str(target) for target in _TARGETS}
+    return sorted(seen & wanted), control is not None and str(control) in seen
+
+
+class _Listeners:
+    """TCP and UDP on every address of this host, on one port; what arrives is noted by the address it was sent to."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._sockets: list[socket.socket] = []
+        self.port = 0
+        for family, any_address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104 - for 0.2 s
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                sock = stack.enter_context(socket.socket(family, kind))
+                sock.setblocking(False)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                try:
+                    sock.bind((any_address, self.port))
+                except OSError:
+                    if family == socket.AF_INET6:
+                        continue  # a host without IPv6, or with that port taken there: TCP and UDP on IPv4 remain
+                    raise
+                self.port = sock.getsockname()[1]
+                if kind == socket.SOCK_STREAM:
+                    sock.listen(64)
+                self._sockets.append(sock)
+
+    async def heard(self, control: str | None) -> set[str]:
+        """Everything that arrives until the control has and then for a moment; without a control, for a moment."""
+        seen: set[str] = set()
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+
+        def note(sock: socket.socket) -> None:
+            seen.update(_take(sock))
+            arrived.set()
+
+        for sock in self._sockets:
+            loop.add_reader(sock.fileno(), note, sock)
+        try:
+            async with asyncio.timeout(_CONTROL_TIMEOUT_S if control is not None else _QUIET_S * 5):
+                while control not in seen:
+                    arrived.clear()
+                    await arrived.wait()
+        except TimeoutError:
+            return seen
+        else:
+            await asyncio.sleep(_QUIET_S)  # what was sent before the control and is slower than it
+            return seen
+        finally:
+            for sock in self._sockets:
+                loop.remove_reader(sock.fileno())
+
+
+def _take(sock: socket.socket) -> set[str]:
+    """The destinations of what has arrived. A datagram says its own; a connection's is its local address."""
+    if sock.type == socket.SOCK_DGRAM:
+        data, _ = sock.recvfrom(256)
+        return {data.decode(errors="replace")}
+    connection, _ = sock.accept()
+    with connection:
+        return {connection.getsockname()[0]}
+
+
+def _own_address() -> IPv4Address | IPv6Address | None:
+    """An address of this host that is not its loopback: the one it would use to reach the outside. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.254", 9))
+        except OSError:
+            return None
+        address = ip_address(sock.getsockname()[0])
+    return None if address.is_loopback or address.is_unspecified else address
