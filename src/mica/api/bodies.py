@@ -22,26 +22,35 @@ def _type_info(type_: Any) -> inspect.Type:
     return inspect.type_info(type_)
 
 
-def _struct_of(info: inspect.Type, raw: dict[str, Any]) -> inspect.StructType | None:
+def _options(info: inspect.Type) -> tuple[inspect.Type, ...]:
+    return info.types if isinstance(info, inspect.UnionType) else (info,)
+
+
+def _none_of(where: str, value: Any, allowed: list[str]) -> MicaError:
+    return invalid(
+        f"{where}: {value!r} is not possible",
+        hint=f"use {', '.join(allowed)}",
+        field=where,
+        value=value,
+        allowed=allowed,
+    )
+
+
+def _struct_of(info: inspect.Type, raw: dict[str, Any], where: str) -> inspect.StructType | None:
     """The struct that ``raw`` will become; of a tagged union, the one with its tag."""
-    options = info.types if isinstance(info, inspect.UnionType) else (info,)
-    structs = [option for option in options if isinstance(option, inspect.StructType)]
-    if len(structs) > 1:
-        structs = [s for s in structs if s.tag_field is not None and raw.get(s.tag_field) == s.tag]
-    return structs[0] if structs else None
-
-
-def _item_of(info: inspect.Type) -> inspect.Type | None:
-    for option in info.types if isinstance(info, inspect.UnionType) else (info,):
-        if isinstance(option, inspect.CollectionType):
-            return option.item_type
-        if isinstance(option, inspect.DictType):
-            return option.value_type
-    return None
+    structs = [option for option in _options(info) if isinstance(option, inspect.StructType)]
+    tag_field = structs[0].tag_field if structs else None
+    if len(structs) > 1 and tag_field is not None and tag_field in raw:
+        tags = [str(struct.tag) for struct in structs]
+        structs = [struct for struct in structs if struct.tag == raw[tag_field]]
+        if not structs:
+            raise _none_of(f"{where}{tag_field}", raw[tag_field], tags)
+    return structs[0] if len(structs) == 1 else None
 
 
 def _check_fields(raw: Any, info: inspect.Type, where: str) -> None:
-    if isinstance(raw, dict) and (struct := _struct_of(info, raw)) is not None:
+    """Raises ``invalid`` for what is not known: fields, tags, words of an enumeration. ``where`` ends with a dot."""
+    if isinstance(raw, dict) and (struct := _struct_of(info, raw, where)) is not None:
         fields = {field.encode_name: field.type for field in struct.fields}
         allowed = sorted([*fields, *([struct.tag_field] if struct.tag_field else [])])
         for name, value in raw.items():
@@ -55,11 +64,17 @@ def _check_fields(raw: Any, info: inspect.Type, where: str) -> None:
             if name in fields:
                 _check_fields(value, fields[name], f"{where}{name}.")
         return
-    item = _item_of(info)
-    if item is not None and isinstance(raw, list | dict):
-        pairs = raw.items() if isinstance(raw, dict) else enumerate(raw)
-        for key, value in pairs:
-            _check_fields(value, item, f"{where}{key}.")
+    for option in _options(info):
+        if isinstance(option, inspect.CollectionType) and isinstance(raw, list):
+            for index, item in enumerate(raw):
+                _check_fields(item, option.item_type, f"{where}{index}.")
+        elif isinstance(option, inspect.DictType) and isinstance(raw, dict):
+            for key, item in raw.items():
+                _check_fields(item, option.value_type, f"{where}{key}.")
+        elif isinstance(option, inspect.EnumType) and isinstance(raw, str):
+            words = [str(word.value) for word in option.cls]
+            if raw not in words:
+                raise _none_of(where.removesuffix("."), raw, words)
 
 
 def _explain(error: msgspec.ValidationError) -> MicaError:

@@ -49,11 +49,20 @@ async def refuse(scope: Scope, send: Send, error: MicaError, status: int | None 
 class Gate:
     """ASGI: identify, count, call ``app``, write the line."""
 
-    def __init__(self, app: ASGIApp, *, access: Access, log: FilteringBoundLogger, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        access: Access,
+        log: FilteringBoundLogger,
+        metrics: Metrics,
+        limit: int = MAX_CONCURRENT,
+    ) -> None:
         self._app = app
         self._access = access
         self._log = log
         self._metrics = metrics
+        self.limit = limit
         self._now = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,10 +100,10 @@ class Gate:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, state: dict[str, Any]) -> None:
         try:
-            if self._now > MAX_CONCURRENT:
+            if self._now > self.limit:
                 raise MicaError(
                     Code.BUSY,
-                    f"{MAX_CONCURRENT} requests and streams are being served already",
+                    f"{self.limit} requests and streams are being served already",
                     hint="close some, or try again",
                     retryable=True,
                 )

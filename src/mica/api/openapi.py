@@ -19,6 +19,7 @@ from litestar.openapi.spec import License
 
 from mica.api.app import ROUTES, plain_dependencies
 from mica.api.problems import MEDIA_TYPE, ProblemBody
+from mica.model.views import Event
 
 VERSION = "1"
 DESCRIPTION = """\
@@ -34,7 +35,7 @@ _METHODS = ("get", "put", "post", "patch", "delete")
 
 def _types(app: Litestar) -> list[Any]:
     """Every struct that goes in or out."""
-    found: list[Any] = [ProblemBody]
+    found: list[Any] = [ProblemBody, Event]
     for route in app.routes:
         for handler in getattr(route, "route_handlers", ()):
             data, returned = handler.parsed_data_field, handler.parsed_return_field

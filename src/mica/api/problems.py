@@ -89,12 +89,15 @@ def _allowed_methods(request: Request[Any, Any, Any]) -> list[str]:
 
 
 def _validation(error: ValidationException) -> MicaError:
-    raw = error.extra if isinstance(error.extra, list) else []
-    errors = [
-        {"name": str(item.get("key", "")), "in": str(item.get("source", "")), "problem": str(item.get("message", ""))}
-        for item in raw
-    ]
-    said = "; ".join(f"{e['in'] or 'field'} {e['name']!r}: {e['problem']}" for e in errors)
+    """What Litestar says of parameters; bodies are judged in :mod:`mica.api.bodies`, unless there is none at all."""
+    errors = []
+    for item in error.extra if isinstance(error.extra, list) else []:
+        name, source = str(item.get("key", "")), item.get("source", "")
+        if source == "body":
+            return invalid("the request has no body", hint="send one JSON object; see /v1/openapi.json for its fields")
+        where = str(getattr(source, "value", source))
+        errors.append({"name": name, "in": where, "problem": str(item.get("message", ""))})
+    said = "; ".join(f"{e['in']} parameter {e['name']!r}: {e['problem']}".strip() for e in errors)
     return invalid(said or error.detail, hint="see /v1/openapi.json for what is taken", errors=errors)
 
 
