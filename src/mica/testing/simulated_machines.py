@@ -1,0 +1,189 @@
+"""Simulated machines and what is inside them: :class:`SimulatedHypervisor`, :class:`SimulatedGuests`."""
+
+from __future__ import annotations
+
+from mica.model.errors import Code, MicaError, invalid
+from mica.model.units import MIB, Bytes
+from mica.model.vm import AgentState, VmRuntime, VmSpec
+from mica.ports.guests import GuestFacts
+from mica.ports.hypervisor import Exit, LaunchPlan, MachineStatus, RunState
+from mica.testing.simulated_world import Behaviour, Feed, SimulatedHost, SimulatedProcess
+
+MAX_CPUS = 64
+
+
+class SimulatedMachine:
+    """:class:`mica.ports.hypervisor.Machine` on a process of the world."""
+
+    def __init__(self, process: SimulatedProcess) -> None:
+        self.process = process
+        self._faults = process.world.faults
+
+    async def observe(self) -> MachineStatus:
+        async with self._faults.around("machine.observe"):
+            self._check_alive()
+            return MachineStatus(self.process.run, self.process.agent, self.process.reason)
+
+    async def resume(self) -> None:
+        async with self._faults.around("machine.resume"):
+            self._check_alive()
+            self.process.resume()
+
+    async def pause(self) -> None:
+        async with self._faults.around("machine.pause"):
+            self._check_alive()
+            self.process.pause()
+
+    async def power_button(self) -> None:
+        async with self._faults.around("machine.power_button"):
+            self._check_alive()
+            self.process.ask()
+
+    async def kill(self) -> None:
+        async with self._faults.around("machine.kill"):
+            self.process.kill()
+
+    async def apply(self, spec: VmSpec) -> None:
+        async with self._faults.around("machine.apply"):
+            self._check_alive()
+            self.process.applied = spec
+
+    def events(self) -> Feed:
+        return self.process.listen()
+
+    async def ended(self) -> Exit:
+        async with self._faults.around("machine.ended"):
+            await self.process.gone.wait()
+            assert self.process.exit is not None
+            return self.process.exit
+
+    def _check_alive(self) -> None:
+        if self.process.exit is not None:
+            raise MicaError(Code.QEMU_FAILED, f"QEMU of VM {self.process.plan.vm.name} closed its monitor")
+
+
+class SimulatedHypervisor:
+    """:class:`mica.ports.hypervisor.Hypervisor` on a simulated host."""
+
+    def __init__(self, world: SimulatedHost) -> None:
+        self._world = world
+        self._faults = world.faults
+
+    def overhead(self, spec: VmSpec) -> Bytes:
+        return Bytes((64 + 8 * spec.cpus) * MIB)
+
+    async def check(self, spec: VmSpec) -> None:
+        async with self._faults.around("hypervisor.check"):
+            if spec.cpus > MAX_CPUS:
+                raise invalid(f"{spec.cpus} vCPUs; this machine type has at most {MAX_CPUS}")
+
+    async def launch(self, plan: LaunchPlan) -> VmRuntime:
+        async with self._faults.around("hypervisor.launch"):
+            world, vm = self._world, plan.vm
+            earlier = world.processes.get(vm.id)
+            if earlier is not None:
+                earlier.kill("a new launch replaced it")
+            self._check_plan(plan)
+            world.remains.pop(vm.id, None)
+            world.logs.add(vm.id)
+            ref = world.next_process()
+            behaviour: Behaviour = world.behaviours.get(vm.name, world.default)
+            world.processes[vm.id] = SimulatedProcess(world, plan, ref, behaviour)
+            return VmRuntime(
+                process=ref,
+                spec=vm.spec,
+                run_dir=f"/simulated/run/{vm.id}",
+                accelerator="simulated",
+                started_at=world.clock.now(),
+                overhead=self.overhead(vm.spec),
+                nics=plan.nics,
+                slice=plan.slice,
+            )
+
+    def _check_plan(self, plan: LaunchPlan) -> None:
+        """As QEMU would refuse to start, so does this."""
+        world, vm = self._world, plan.vm
+        wanted = [d.name for d in vm.spec.disks]
+        given = [v.name for v in plan.volumes if v.name != "nvram"]
+        there = world.volumes.get(vm.id, {})
+        missing = [v.name for v in plan.volumes if v.name not in there]
+        if missing or given != wanted:
+            raise MicaError(Code.QEMU_FAILED, f"Could not open disks: wanted {wanted}, given {given}, no {missing}")
+        nics = [n.name for n in plan.nics]
+        if nics != [n.name for n in vm.spec.nics] or any(world.networks.get((vm.id, n.name)) != n for n in plan.nics):
+            raise MicaError(Code.QEMU_FAILED, f"Could not connect the NICs: given {nics}")
+        if plan.slice != {"id": vm.id} or vm.id not in world.slices:
+            raise MicaError(Code.QEMU_FAILED, "Could not enter the control group")
+        if world.slices[vm.id].memory is not None and (world.slices[vm.id].memory or 0) < vm.spec.memory:
+            raise MicaError(Code.QEMU_FAILED, "Cannot allocate memory: the control group has less than the guest's RAM")
+        for path in (plan.kernel, plan.initrd):
+            if path is not None and not any(digest in str(path) for digest in world.images):
+                raise MicaError(Code.QEMU_FAILED, f"could not load {path}")
+
+    async def attach(self, runtime: VmRuntime) -> SimulatedMachine | None:
+        async with self._faults.around("hypervisor.attach"):
+            found = next((p for p in self._world.processes.values() if p.ref == runtime.process), None)
+            return None if found is None else SimulatedMachine(found)
+
+    async def autopsy(self, runtime: VmRuntime) -> Exit:
+        async with self._faults.around("hypervisor.autopsy"):
+            for ref, gone in self._world.remains.values():
+                if ref == runtime.process:
+                    return gone
+            return Exit(clean=False, last_words="the host was restarted meanwhile")
+
+    async def cleanup(self, vm_id: str, runtime: VmRuntime | None) -> None:
+        del runtime
+        async with self._faults.around("hypervisor.cleanup"):
+            process = self._world.processes.get(vm_id)
+            if process is not None:
+                process.kill("cleaned up")
+            self._world.remains.pop(vm_id, None)
+
+    async def erase(self, vm_id: str) -> None:
+        await self.cleanup(vm_id, None)
+        async with self._faults.around("hypervisor.erase"):
+            self._world.logs.discard(vm_id)
+
+    async def leftovers(self, known: set[str]) -> list[str]:
+        async with self._faults.around("hypervisor.leftovers"):
+            return sorted({*self._world.processes, *self._world.remains, *self._world.logs} - known)
+
+
+class SimulatedGuests:
+    """:class:`mica.ports.guests.Guests` on a simulated host."""
+
+    def __init__(self, world: SimulatedHost) -> None:
+        self._world = world
+        self._faults = world.faults
+
+    def _process(self, vm_id: str) -> SimulatedProcess:
+        process = self._world.processes.get(vm_id)
+        if process is None or process.agent is not AgentState.READY or process.run is not RunState.RUNNING:
+            raise MicaError(
+                Code.AGENT_UNAVAILABLE, f"the guest agent of {vm_id[:8]} does not answer", hint="is it installed?"
+            )
+        return process
+
+    async def facts(self, vm_id: str, runtime: VmRuntime) -> GuestFacts:
+        async with self._faults.around("guests.facts"):
+            process = self._process(vm_id)
+            self._world.connections.add(vm_id)
+            addresses = tuple(nic.address for nic in runtime.nics if nic.address)
+            return GuestFacts(process.plan.vm.spec.hostname, "Simulated GNU/Linux 1", addresses)
+
+    async def shutdown(self, vm_id: str, runtime: VmRuntime) -> None:
+        del runtime
+        async with self._faults.around("guests.shutdown"):
+            process = self._process(vm_id)
+            self._world.connections.add(vm_id)
+            process.ask()
+
+    def port_changed(self, vm_id: str, runtime: VmRuntime, *, opened: bool) -> None:
+        del runtime
+        if not opened:
+            self._world.connections.discard(vm_id)
+
+    async def forget(self, vm_id: str) -> None:
+        async with self._faults.around("guests.forget"):
+            self._world.connections.discard(vm_id)
