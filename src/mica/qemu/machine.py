@@ -115,7 +115,6 @@ class QemuMachine:
 
     async def ended(self) -> Exit:
         status = await self._jailed.wait_exit()
-        await self._monitor.close()
         return Exit(clean=status.code == 0, last_words=last_words(self._log_file, self._log_offset))
 
     async def close(self) -> None:

@@ -42,7 +42,8 @@ class Monitor:
         self._client.events.names = {""}
         self._events = _Bounded()
         self._client.register_listener(self._events)
-        self._lost: asyncio.Task[Any] | None = None
+        self._closing = asyncio.Lock()
+        self._closed = False
 
     @classmethod
     async def connect(cls, name: str, path: Path, timeout_s: float = COMMAND_TIMEOUT_S) -> Monitor:
@@ -111,8 +112,13 @@ class Monitor:
             await self._client.runstate_changed()
 
     async def close(self) -> None:
-        try:
-            async with asyncio.timeout(5.0):
-                await self._client.disconnect()
-        except (QMPError, OSError, EOFError, TimeoutError):
-            return  # it was gone already: that is what closing wants
+        """Idempotent; for one caller at a time at the library's side, so they queue here."""
+        async with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                async with asyncio.timeout(5.0):
+                    await self._client.disconnect()
+            except (QMPError, OSError, EOFError, TimeoutError):
+                return  # it was gone already: that is what closing wants
