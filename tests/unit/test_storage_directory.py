@@ -85,6 +85,15 @@ async def test_a_raw_volume_is_a_sparse_copy(volumes: DirectoryVolumes, images: 
     assert await volumes.prepare(VM, (spec,), None) == (volume,)
 
 
+async def test_a_small_write_over_a_base_takes_little_space(volumes: DirectoryVolumes, images: Path) -> None:
+    spec = DiskSpec(name="root", size=Bytes(64 * MIB))
+    await volumes.create(VM, spec, images / "raw")
+    before = await volumes.usage(VM)
+    path = (await volumes.prepare(VM, (spec,), None))[0].path
+    run(QEMU_IO, "-f", "qcow2", *(arg for n in range(8) for arg in ("-c", f"write {n * 128}k 4k")), path)
+    assert await volumes.usage(VM) - before < 8 * 65536
+
+
 async def test_only_the_owner_may_touch_a_volume(volumes: DirectoryVolumes, images: Path) -> None:
     volume = await volumes.create(VM, DISK, images / "raw")
     nvram = await volumes.nvram(VM, Firmware.UEFI, None)
