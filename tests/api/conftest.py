@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from structlog.testing import LogCapture
 from mica.api.app import create_app
 from mica.api.auth import Access, Peer
 from mica.api.lifetime import Lifetime
+from mica.api.server import ApiServer
 from tests.api.fake_engine import FakeEngine
 
 Scope = MutableMapping[str, Any]
@@ -63,3 +65,25 @@ async def http(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
     """As root over the UNIX socket."""
     async with connect(app, Peer(os.getpid(), 0, 0)) as client:
         yield client
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "api.sock"
+
+
+@pytest.fixture
+def served_app(engine: FakeEngine, lines: LogCapture, lifetime: Lifetime) -> Litestar:
+    access = Access(uid=os.getuid(), group="no-such-group", token=TOKEN)
+    return create_app(engine, access=access, log=structlog.wrap_logger(None, processors=[lines]), lifetime=lifetime)
+
+
+@pytest.fixture
+async def server(served_app: Litestar, lifetime: Lifetime, path: Path) -> AsyncIterator[ApiServer]:
+    """On a real socket, for this user, and on TCP with ``TOKEN``."""
+    async with ApiServer(served_app, lifetime, unix=path, tcp=("127.0.0.1", 0)) as running:
+        yield running
+
+
+def over_unix(path: Path) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path)), base_url="http://mica")

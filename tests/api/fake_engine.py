@@ -46,7 +46,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.now = 1
         self.oldest = 0
-        self.log: list[Event] = []
+        self.past: list[Event] = []
         self.happened = asyncio.Condition()
         self.listeners = 0
         self.machines: dict[str, VmView] = {}
@@ -56,12 +56,16 @@ class FakeEngine:
         self.submitted: list[tuple[str, str, msgspec.Struct, Actor, int | None, str]] = []
         self.doctored: list[bool] = []
         self.fail: Exception | None = None
+        self.serial: dict[str, bytearray] = {}
+        self.typed: dict[str, bytearray] = {}
+        self.kept_from = 0
+        self.watchers = 0
 
     # -- what happens ------------------------------------------------------------------------------------------
 
     async def tell(self, kind: str, id_: str, object_: Any) -> int:
         self.now += 1
-        self.log.append(Event(revision=self.now, kind=kind, id=id_, object=msgspec.to_builtins(object_)))
+        self.past.append(Event(revision=self.now, kind=kind, id=id_, object=msgspec.to_builtins(object_)))
         async with self.happened:
             self.happened.notify_all()
         return self.now
@@ -76,7 +80,7 @@ class FakeEngine:
         self.listeners += 1
         try:
             while True:
-                for event in [e for e in self.log if e.revision > at]:
+                for event in [e for e in self.past if e.revision > at]:
                     at = event.revision
                     yield event
                 async with self.happened:
@@ -278,6 +282,48 @@ class FakeEngine:
     async def _image_verify(self, target: str, _params: msgspec.Struct, _if_match: int | None) -> tuple[str, str]:
         view = await self.image(target)
         return view.image.digest, view.image.name
+
+    # -- consoles ----------------------------------------------------------------------------------------------
+
+    async def console_follow(self, vm: str, offset: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        """History is kept from ``kept_from`` on; a reader that asks for more gets what there is."""
+        history = self.serial.setdefault((await self.vm(vm)).id, bytearray())
+        at = max(self.kept_from, len(history) - 65536 if offset is None else offset)
+        if at > len(history):
+            raise invalid(f"offset {at} is beyond the end, {len(history)}")
+        self.watchers += 1
+        try:
+            while True:
+                while at < len(history):
+                    piece = bytes(history[at : at + 4096])
+                    yield at, piece
+                    at += len(piece)
+                async with self.happened:
+                    while at >= len(history):
+                        await self.happened.wait()
+        finally:
+            self.watchers -= 1
+
+    async def console_write(self, vm: str, data: bytes) -> None:
+        """The guest echoes, in capitals."""
+        view = await self.vm(vm)
+        if view.observed.state is not VmState.RUNNING:
+            raise MicaError(Code.STATE_CONFLICT, f"VM {view.name} does not run", hint="start it")
+        self.typed.setdefault(view.id, bytearray()).extend(data)
+        await self.print(view.id, data.upper())
+
+    async def print(self, vm_id: str, data: bytes) -> None:
+        self.serial.setdefault(vm_id, bytearray()).extend(data)
+        async with self.happened:
+            self.happened.notify_all()
+
+    async def log_of(self, vm: str, which: str) -> bytes:
+        view = await self.vm(vm)
+        return bytes(self.serial.get(view.id, b"")) if which == "console" else b"qemu says nothing\n"
+
+    async def log(self, vm: str, which: str, tail: int) -> bytes:
+        text = await self.log_of(vm, which)
+        return text[max(0, len(text) - tail) :]
 
     # -- reads -------------------------------------------------------------------------------------------------
 

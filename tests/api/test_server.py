@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -21,29 +21,8 @@ from mica.api.auth import Access
 from mica.api.lifetime import Lifetime
 from mica.api.server import ApiServer, bind_tcp, bind_unix
 from mica.model.errors import Code, MicaError
-from tests.api.conftest import TOKEN
+from tests.api.conftest import TOKEN, over_unix
 from tests.api.fake_engine import FakeEngine
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "api.sock"
-
-
-@pytest.fixture
-def served_app(engine: FakeEngine, lines: LogCapture, lifetime: Lifetime) -> Litestar:
-    access = Access(uid=os.getuid(), group="no-such-group", token=TOKEN)
-    return create_app(engine, access=access, log=structlog.wrap_logger(None, processors=[lines]), lifetime=lifetime)
-
-
-@pytest.fixture
-async def server(served_app: Litestar, lifetime: Lifetime, path: Path) -> AsyncIterator[ApiServer]:
-    async with ApiServer(served_app, lifetime, unix=path, tcp=("127.0.0.1", 0)) as running:
-        yield running
-
-
-def over_unix(path: Path) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path)), base_url="http://mica")
 
 
 async def test_the_peer_of_the_socket_is_who_asks(server: ApiServer, path: Path, lines: LogCapture) -> None:

@@ -69,5 +69,17 @@ class Changes(Protocol):
         """Events after ``since`` and then live ones, without end. Raises ``gone`` at once when that is too old."""
 
 
-class Facade(Verbs, Reads, Changes, Protocol):
+class Consoles(Protocol):
+    """The serial port of a VM: a history addressed by offset, then what comes; and QEMU's own messages."""
+
+    def console_follow(self, vm: str, offset: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        """Pairs of offset and data, without end. ``None``: the last 64 KiB. Any number of readers."""
+
+    async def console_write(self, vm: str, data: bytes) -> None: ...
+
+    async def log(self, vm: str, which: str, tail: int) -> bytes:
+        """The last ``tail`` bytes of ``console`` or ``qemu``."""
+
+
+class Facade(Verbs, Reads, Changes, Consoles, Protocol):
     """The engine as the API sees it."""

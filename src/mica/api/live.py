@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from litestar import Request, Response
 from litestar.response.base import ASGIResponse
 
-from mica.api.waiting import first
+from mica.api.waiting import CutShort, first
 
 if TYPE_CHECKING:
     from litestar import Litestar
@@ -55,11 +55,11 @@ class _Body(ASGIResponse):
 
     async def send_body(self, send: Send, receive: Receive) -> None:
         # Cut short, a body has no end: the server drops the connection, and the client knows.
-        with suppress(TimeoutError):
+        with suppress(CutShort):
             await first(self._pump(send), _gone(receive), self._closing.wait())
             return
         if self._source.endless:
-            with suppress(TimeoutError):
+            with suppress(CutShort):
                 await first(self._end(send), _gone(receive), timeout_s=0.2)
 
     async def _pump(self, send: Send) -> None:

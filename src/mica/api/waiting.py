@@ -14,18 +14,24 @@ from mica.model.operation import Operation, OperationState
 T = TypeVar("T")
 
 
+class CutShort(Exception):  # noqa: N818 - an answer, not a fault
+    """What was waited for had not ended when something else did."""
+
+
 async def first(main: Coroutine[Any, Any, T], *ends: Coroutine[Any, Any, object], timeout_s: float | None = None) -> T:
     """Run ``main`` until it ends, or until one of ``ends`` does or the time is over: then it is cancelled.
 
-    Returns what ``main`` returns and raises what it raises; raises :class:`TimeoutError` when it was cut short.
+    Returns what ``main`` returns, raises what any of them raises, and :class:`CutShort` when ``main`` was cut short.
     Nothing is left running.
     """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in (main, *ends)]
     try:
-        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
+        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0] in done:
             return cast("T", tasks[0].result())
-        raise TimeoutError
+        for task in done:
+            task.result()
+        raise CutShort
     finally:
         for task in tasks:
             task.cancel()
@@ -52,7 +58,7 @@ async def operation_ended(engine: Facade, operation_id: str, wait_s: float, clos
         return operation
     try:
         await first(_ended(engine, operation.id, since), closing.wait(), timeout_s=wait_s)
-    except TimeoutError:
+    except CutShort:
         pass
     except MicaError as error:
         if error.code is not Code.GONE:  # so much happened meanwhile that events are gone: look again
