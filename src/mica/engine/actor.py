@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 import structlog
 
-from mica.engine.definition import Env
-from mica.engine.registry import DEFINITIONS
+from mica.engine.deadline import within
+from mica.engine.definition import Definition, Env
 from mica.engine.saga import Canceller, Runner
 from mica.engine.settle import set_state, settle
 from mica.model.errors import MicaError
@@ -28,6 +28,9 @@ from mica.ports.hypervisor import EventKind, Exit, Machine, MachineEvent, RunSta
 
 log = structlog.get_logger()
 replace = msgspec.structs.replace
+
+# Between the last word of a dying QEMU's monitor and the end of its process. Seconds.
+DYING_S = 2.0
 
 
 class Waiting:
@@ -41,9 +44,10 @@ class Waiting:
 class Actor:
     """Runs the operations on one target, oldest first. For images this is all; VMs add what :class:`VmActor` does."""
 
-    def __init__(self, env: Env, target: str, group: asyncio.TaskGroup) -> None:
+    def __init__(self, env: Env, definitions: Mapping[str, Definition], target: str, group: asyncio.TaskGroup) -> None:
         self.target = target
         self._env = env
+        self._definitions = definitions
         self._group = group
         self._waiting: deque[Waiting] = deque()
         self._wake = asyncio.Event()
@@ -92,7 +96,7 @@ class Actor:
         try:
             first.operation = (await self._env.records.operations.need(first.operation.id)).value
             if not first.operation.state.ended and first.operation.state is not OperationState.STUCK:
-                definition = DEFINITIONS[first.operation.verb]
+                definition = self._definitions[first.operation.verb]
                 await Runner(self._env, definition, first.operation, first.canceller).run()
         except Exception:  # the root of this task: one broken operation must not end the actor
             log.exception("operation could not be run", operation=first.operation.id)
@@ -103,9 +107,14 @@ class VmActor(Actor):
     """The actor of one VM: holds its machine while there is one."""
 
     def __init__(
-        self, env: Env, vm_id: str, group: asyncio.TaskGroup, on_settled: Callable[[str], Awaitable[None]]
+        self,
+        env: Env,
+        definitions: Mapping[str, Definition],
+        vm_id: str,
+        group: asyncio.TaskGroup,
+        on_settled: Callable[[str], Awaitable[None]],
     ) -> None:
-        super().__init__(env, f"vm/{vm_id}", group)
+        super().__init__(env, definitions, f"vm/{vm_id}", group)
         self.vm_id = vm_id
         self.machine: Machine | None = None
         self._on_settled = on_settled
@@ -209,7 +218,7 @@ class VmActor(Actor):
             seen = await self.machine.observe()
         except MicaError:
             # It may be dying: its end will wake us. A machine that lives and does not answer is told as it is.
-            self._exit = self._exit or await _ended_within(self.machine, 2.0)
+            self._exit = self._exit or await self._ended_within(self.machine, DYING_S)
             if self._exit is not None:
                 self.look()
                 return
@@ -223,13 +232,12 @@ class VmActor(Actor):
         since = observed.since if observed.state is state else self._env.clock.now()
         return replace(observed, state=state, since=since, reason=reason, agent=agent)
 
-
-async def _ended_within(machine: Machine, seconds: float) -> Exit | None:
-    try:
-        async with asyncio.timeout(seconds):
-            return await machine.ended()
-    except TimeoutError:
-        return None
+    async def _ended_within(self, machine: Machine, seconds: float) -> Exit | None:
+        try:
+            async with within(self._env.clock, seconds):
+                return await machine.ended()
+        except TimeoutError:
+            return None
 
 
 def vm_verbs(operations: tuple[Operation, ...]) -> list[VmVerb]:

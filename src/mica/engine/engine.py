@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -34,9 +34,13 @@ ENGINE = By("mica", "engine")
 
 
 class Engine:
-    """One host's engine. Use :meth:`running`; every other method needs it to run."""
+    """One host's engine. Use :meth:`running`; every other method needs it to run.
 
-    def __init__(self, ports: Ports) -> None:
+    ``definitions`` are the verbs it knows, by name.
+    """
+
+    def __init__(self, ports: Ports, definitions: Mapping[str, Definition] = DEFINITIONS) -> None:
+        self._definitions = definitions
         self.sampler = UsageSampler(ports)
         self.env = Env(**vars(ports), machines=self, sampler=self.sampler)
         self.views = Views(self.env, self)
@@ -84,9 +88,9 @@ class Engine:
         known: Actor | None = self._vms.get(id_) if noun == "vm" else self._others.get(target)
         if known is None:
             if noun == "vm":
-                known = self._vms[id_] = VmActor(self.env, id_, self._group, self._settled)
+                known = self._vms[id_] = VmActor(self.env, self._definitions, id_, self._group, self._settled)
             else:
-                known = self._others[target] = Actor(self.env, target, self._group)
+                known = self._others[target] = Actor(self.env, self._definitions, target, self._group)
             if start:
                 known.start()
         return known
@@ -151,7 +155,7 @@ class Engine:
         ``if_match`` is the generation that the target must have. The same ``idempotency_key`` of the same requester
         returns the first operation again. Raises every code that refuses a request; then nothing was written.
         """
-        definition = DEFINITIONS.get(verb)
+        definition = self._definitions.get(verb)
         if definition is None:
             raise not_found("verb", verb)
         if definition.noun == "vm" and not definition.creates:

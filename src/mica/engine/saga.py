@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from mica.engine import journal as rule
+from mica.engine.deadline import within
 from mica.engine.definition import Context, Definition, Env, Step
 from mica.engine.journal import Next
 from mica.model.errors import Code, MicaError, Problem
@@ -122,7 +123,7 @@ class Runner:
         """``do`` with its deadline, ended early by a wish to cancel when the step allows that."""
         context = self._context()
         async with asyncio.TaskGroup() as group:
-            work = group.create_task(_quiet(step.do(context), step.timeout_s))
+            work = group.create_task(self._quiet(step, context))
             watch = group.create_task(self._canceller.wait()) if step.cancellable else None
             waiting: set[asyncio.Task[Any]] = {work} | ({watch} if watch else set())
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -132,14 +133,20 @@ class Runner:
                 watch.cancel()
         if interrupted:
             raise MicaError.of(_cancelled())
+        if work.cancelled():
+            raise MicaError(Code.INTERNAL, f"step {step.name} lost something it was waiting for", retryable=True)
         outcome = work.result()
-        if isinstance(outcome, TimeoutError):
-            raise MicaError(
-                Code.TIMEOUT, f"step {step.name} took longer than {format_duration(step.timeout_s)}"
-            ) from outcome
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    async def _quiet(self, step: Step, context: Context) -> Any:
+        """The outcome as a value: a raised error would make the task group cancel its own waiter first."""
+        try:
+            async with within(self._env.clock, step.timeout_s) as deadline:
+                return await step.do(context)
+        except Exception as error:  # noqa: BLE001 - it is handed to the caller, not swallowed
+            return _too_slow(step) if deadline.expired() else error
 
     async def _fail(self, step: Step, error: MicaError) -> None:
         entry = JournalEntry(step.name, StepEvent.FAILED, self._env.clock.now(), error=error.message)
@@ -151,7 +158,7 @@ class Runner:
         await self._append(step.name, StepEvent.UNDO_STARTED, durable=False, text=f"undoing {step.name}")
         try:
             if step.undo is not None:
-                async with asyncio.timeout(step.timeout_s):
+                async with within(self._env.clock, step.timeout_s):
                     await step.undo(self._context())
         except Exception as error:
             # Whatever it was, guessing on would lie: the operation is stuck and an operator is told.
@@ -232,13 +239,8 @@ class Runner:
                 log.warning("progress was not written", operation=self._operation.id, error=str(error))
 
 
-async def _quiet(work: Any, timeout_s: float) -> Any:
-    """The outcome as a value: a raised error would make the task group cancel its own waiter first."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await work
-    except Exception as error:  # noqa: BLE001 - it is handed to the caller, not swallowed
-        return error
+def _too_slow(step: Step) -> MicaError:
+    return MicaError(Code.TIMEOUT, f"step {step.name} took longer than {format_duration(step.timeout_s)}")
 
 
 def _cancelled() -> Problem:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 import structlog
 
+from mica.engine.deadline import within
 from mica.engine.definition import Context, Step
 from mica.engine.settle import moved, set_state, stopped, take_down
 from mica.model.errors import MicaError
@@ -72,7 +71,7 @@ async def halt(context: Context) -> How:
     began = clock.monotonic()
     if not context.operation.params.get("force") and timeout_s > 0:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with within(clock, timeout_s):
                 if (await machine.observe()).run is RunState.PAUSED:
                     await machine.resume()
                 how = await _ask(context, machine)
