@@ -120,9 +120,14 @@ def find_uefi(machine: str = "pc-q35-9.0", *, root: Path = Path("/")) -> tuple[U
     return tuple(sorted(found, key=lambda firmware: firmware.secure_boot))
 
 
+def best_uefi(machine: str = "pc-q35-9.0", *, root: Path = Path("/")) -> UefiFirmware | None:
+    """The best firmware without Secure Boot; ``None`` where there is none."""
+    return next((firmware for firmware in find_uefi(machine, root=root) if not firmware.secure_boot), None)
+
+
 def require_uefi(machine: str = "pc-q35-9.0", *, root: Path = Path("/")) -> UefiFirmware:
     """The best firmware. Raises ``host-lacks`` where there is none without Secure Boot."""
-    for firmware in find_uefi(machine, root=root):
-        if not firmware.secure_boot:
-            return firmware
+    firmware = best_uefi(machine, root=root)
+    if firmware is not None:
+        return firmware
     raise MicaError(Code.HOST_LACKS, "there is no UEFI firmware (OVMF) for x86_64 on this host", hint=HINT)
