@@ -219,10 +219,10 @@ async def test_a_size_beyond_the_format_is_invalid(tmp_path: Path) -> None:
 async def test_a_cancelled_creation_leaves_nothing_and_can_be_repeated(
     volumes: DirectoryVolumes, images: Path, tmp_path: Path
 ) -> None:
-    for turns in range(12):
+    for turns in range(24):
         task = asyncio.create_task(volumes.create(VM, DISK, images / "qcow2"))
         for _ in range(turns):
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.0005)
         task.cancel()
         await asyncio.wait([task])
         assert not [name for name in tree(tmp_path / "vms") if name.endswith(".tmp")]

@@ -15,7 +15,6 @@ Names of disks are DNS labels, so nothing here can be mistaken for a disk.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -35,6 +34,7 @@ from mica.storage.chain import Layer, damaged, read_chain, read_layer, require_u
 from mica.storage.files import (
     DEFAULT_RESERVE,
     file_system_size,
+    in_thread,
     naming,
     need_space,
     put_in_place,
@@ -105,8 +105,8 @@ class DirectoryVolumes:
                 await self._fill(temporary, disk, record)
                 # First what is known of it: a volume without its record would be nobody's.
                 about = directory / f"{disk.name}.volume.json"
-                await asyncio.to_thread(write_whole, about, msgspec.json.encode(record))
-                await asyncio.to_thread(put_in_place, temporary, path)
+                await in_thread(write_whole, about, msgspec.json.encode(record))
+                await in_thread(put_in_place, temporary, path)
             except BaseException:
                 _give_up(temporary)
                 raise
@@ -125,7 +125,7 @@ class DirectoryVolumes:
             await self._qemu_img.check(nvram, _own_nvram(nvram).size)
         with naming(directory):
             if directory.exists() and not unclean:
-                await asyncio.to_thread(write_whole, running, b"")
+                await in_thread(write_whole, running, b"")
             for volume in volumes:
                 _hand_over(volume.path, owner)
         return tuple(volumes)
@@ -144,7 +144,7 @@ class DirectoryVolumes:
             if not path.exists():
                 await self._make_nvram(directory, path)
                 # A VM without disks gets its directory only here, after prepare.
-                await asyncio.to_thread(write_whole, directory / "running", b"")
+                await in_thread(write_whole, directory / "running", b"")
             size = _own_nvram(path).size
             require_unused(path, writing=True)
             _hand_over(path, owner)
@@ -154,7 +154,7 @@ class DirectoryVolumes:
         directory = self._directory(vm_id)
         with naming(directory):
             if directory.exists():
-                await asyncio.to_thread(shutil.rmtree, directory)
+                await in_thread(shutil.rmtree, directory)
 
     async def usage(self, vm_id: str) -> Bytes:
         directory = self._directory(vm_id)
@@ -251,7 +251,7 @@ class DirectoryVolumes:
             _fresh(temporary)
             size = read_layer(self._template.resolve(), format_).size
             await self._qemu_img.convert(self._template, format_, temporary, DiskFormat.QCOW2, size)
-            await asyncio.to_thread(put_in_place, temporary, path)
+            await in_thread(put_in_place, temporary, path)
         except BaseException:
             _give_up(temporary)
             raise

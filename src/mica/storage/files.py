@@ -7,7 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,6 +19,7 @@ _FICLONE: Final = 0x40049409
 
 T = TypeVar("T")
 
+_CANCEL_GRACE_S: Final = 10.0
 DEFAULT_RESERVE: Final = Bytes(GIB)
 
 
@@ -115,6 +116,21 @@ def reflink(source: Path, target: Path) -> bool:
                 return False
             raise
     return True
+
+
+async def in_thread(function: Callable[..., object], *arguments: object) -> None:
+    """Run what waits for the disk in a thread. Who is cancelled meanwhile gets to know once it has ended.
+
+    Otherwise it would go on behind the back of whoever cleans up; a disk that hangs is waited for ten seconds.
+    """
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        done, _ = await asyncio.wait([work], timeout=_CANCEL_GRACE_S)
+        for ended in done:
+            ended.exception()  # seen: the cancellation is what is raised
+        raise
 
 
 async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
