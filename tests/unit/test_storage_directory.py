@@ -359,6 +359,12 @@ async def test_a_base_that_lies_over_a_file_outside_the_image_store_is_refused(
     assert caught.value.code is Code.CORRUPT
 
 
+async def test_a_base_may_be_named_through_a_link(volumes: DirectoryVolumes, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "by-name").symlink_to(images / "raw")
+    volume = await volumes.create(VM, DISK, tmp_path / "by-name")
+    assert volume.backing == (images / "raw",)
+
+
 async def test_a_base_that_vanished_is_named(volumes: DirectoryVolumes, images: Path) -> None:
     await volumes.create(VM, DISK, images / "raw")
     (images / "raw").unlink()

@@ -201,7 +201,7 @@ class DirectoryVolumes:
         """What the volume will be. Raises ``not-found``, ``corrupt``, ``invalid``."""
         if base is None:
             return _Record(disk.format)
-        path = base.absolute()
+        path = base.resolve()
         with naming(path):
             format_ = DiskFormat.QCOW2 if is_qcow2(path) else DiskFormat.RAW
         size = read_chain(path, format_, self._bases)[0].size
