@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,7 @@ KEEP_UNUSED_S = 30 * 86400
 _UPDATE_TIMEOUT_S = 300
 _DOWNLOAD_TIMEOUT_S = 1800
 _LOCK_TIMEOUT_S = 1800
+_DATE = re.compile(r"^Date: (.*)$", re.MULTILINE)
 _INSTALL = re.compile(r"Inst (\S+) (?:\[\S*\] )?\((\S+) .*\[(\w+)\]")
 # How the host reaches its mirrors: proxies, certificates, retries, clocks that mirrors of a past day need.
 _NETWORK = re.compile(r"Acquire::(https?|Retries|Check-Valid-Until|Check-Date|ForceIPv[46]|Max-FutureTime)\b", re.I)
@@ -50,7 +52,7 @@ class Apt:
     def __init__(self, commands: Commands, directory: Path, sources: Sequence[Source]) -> None:
         self._commands = commands
         self._directory = directory
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
 
     async def fetch(self, packages: Sequence[str], into: Path, progress: Progress) -> list[Deb]:
         """Download packages and all that they depend on, and link them into the directory ``into``.
@@ -79,6 +81,18 @@ class Apt:
         """Names of ``packages`` and of all that they depend on, from the package lists of the last :meth:`fetch`."""
         return [name for name, _, _ in await self._closure(self._directory / "apt.conf", packages)]
 
+    async def copy_lists(self, into: Path) -> int:
+        """Link the package lists into the new directory ``into``; return when they were made, in Unix seconds."""
+        into.mkdir()
+        dates = [0]
+        async with locked(self._directory / "lock", timeout_s=_LOCK_TIMEOUT_S, what="the package cache"):
+            for path in sorted((self._directory / "lists").iterdir()):
+                if path.is_file() and path.name != "lock":
+                    _link(path, into / path.name)
+                if path.name.endswith("Release") and (date := _DATE.search(path.read_text(errors="replace"))):
+                    dates.append(int(parsedate_to_datetime(date.group(1)).timestamp()))
+        return max(dates)
+
     async def network_options(self) -> list[str]:
         """Lines of apt configuration that say how this host reaches its mirrors."""
         dump = await self._commands.output(["apt-config", "dump", "--format", '%F "%v";%n', "Acquire"], timeout_s=30)
@@ -89,7 +103,7 @@ class Apt:
         for name in ("lists/partial", "archives/partial", "cache", "log", "etc/sources.list.d"):
             (home / name).mkdir(parents=True, exist_ok=True)
         (home / "status").touch()
-        (home / "etc/sources.list.d/mica.sources").write_text("\n".join(s.stanza() for s in self._sources))
+        (home / "etc/sources.list.d/mica.sources").write_text("\n".join(s.stanza() for s in self.sources))
         lines = [
             # The host's own configuration is left out: it may hold hooks that act on the host.
             f'Dir::Etc "{home}/etc";',
@@ -120,7 +134,7 @@ class Apt:
         except CommandError as error:
             words = " ".join(error.words)
             if "does not have a Release file" in words or "404" in words:
-                where = ", ".join(f"{source.uri} {source.suite}" for source in self._sources)
+                where = ", ".join(f"{source.uri} {source.suite}" for source in self.sources)
                 raise invalid(
                     f"there is no such suite on the mirror ({where})", hint="choose another suite, such as bookworm"
                 ) from error
@@ -198,13 +212,17 @@ def _take(deb: Deb, into: Path) -> Path:
     """Link a package into a build, so that the cache may forget it meanwhile, and mark it as used now."""
     target = into / deb.path.name
     os.utime(deb.path)
+    _link(deb.path, target)
+    return target
+
+
+def _link(source: Path, target: Path) -> None:
     try:
-        os.link(deb.path, target)
+        os.link(source, target)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.copyfile(deb.path, target)
-    return target
+        shutil.copyfile(source, target)
 
 
 def _unreachable(error: CommandError) -> MicaError:

@@ -36,6 +36,7 @@ PACKAGES = {
     "newuidmap": "uidmap",
     "prlimit": "util-linux",
     "qemu-img": "qemu-utils",
+    "setpriv": "util-linux",
     "sfdisk": "fdisk",
     "tar": "tar",
 }
@@ -64,6 +65,10 @@ class Commands:
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self._environment = {"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8", "HOME": "/", **(environment or {})}
+
+    def with_environment(self, environment: Mapping[str, str]) -> Commands:
+        """The same with more in the environment of every program."""
+        return Commands({**self._environment, **environment})
 
     def find(self, program: str) -> str:
         """The program's path. Raises ``host-lacks`` naming the package that has it."""
@@ -100,7 +105,8 @@ class Commands:
         words: deque[str] = deque(maxlen=_LAST_LINES)
         plain_file = stdout is not None and not callable(stdout)
         process = await asyncio.create_subprocess_exec(
-            self.find(argv[0]),
+            # A program whose starter was killed ends too, and cleans up after itself.
+            *(self.find("setpriv"), "--pdeathsig", "TERM", self.find(argv[0])),
             *argv[1:],
             stdin=stdin if stdin is not None else asyncio.subprocess.DEVNULL,
             stdout=stdout if plain_file else asyncio.subprocess.PIPE,  # type: ignore[arg-type]

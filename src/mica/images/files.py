@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,6 +43,22 @@ async def in_thread(work: Callable[[threading.Event], T]) -> T:
         raise
 
 
+async def shielded(work: Awaitable[None]) -> None:
+    """Do ``work`` (cleaning up, with a deadline of its own) to its end, also while being cancelled."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.done():
+                break
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
 class Stopped(Exception):  # noqa: N818 - not an error: the work was asked to stop
     """Raised by work in a thread that found its event set."""
 
@@ -72,6 +88,23 @@ def sync_file(path: Path) -> None:
 
 # Directories are synced the same way: what is durable then is the list of their names.
 sync_directory = sync_file
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a tree also where directories were made read-only; what is absent is no error."""
+
+    def again(function: object, name: str, _: object) -> None:
+        if not os.path.lexists(name):
+            return
+        os.chmod(os.path.dirname(name), 0o700)
+        if os.path.isdir(name) and not os.path.islink(name):
+            os.chmod(name, 0o700)
+            shutil.rmtree(name)
+        else:
+            os.unlink(name)
+
+    if path.exists():
+        shutil.rmtree(path, onerror=again)
 
 
 def need_space(directory: Path, need: int, what: str) -> None:

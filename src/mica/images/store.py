@@ -17,21 +17,21 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 from blake3 import blake3
 
 from mica.images.files import (
-    Stopped,
     digest_file,
     disk_full_is_said,
     in_thread,
     locked,
+    remove_tree,
+    shielded,
     sync_directory,
     sync_file,
     try_lock,
@@ -45,6 +45,8 @@ MANIFEST = "manifest.json"
 _WORK = ".work"
 _PREFIX = "blake3:"
 _LOCK_TIMEOUT_S = 60
+
+Remover = Callable[[Path], Awaitable[None]]
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,8 +86,10 @@ def image_digest(facts: Facts, files: dict[str, ImageFile]) -> str:
 class ContentStore:
     """The directory of images. Any number of processes may use it at once."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, remove: Remover | None = None) -> None:
+        """``remove`` removes a work directory; builds may leave files in it that need more than our own rights."""
         self._root = root
+        self._remove_work = remove or _remove
 
     def directory(self, digest: str) -> Path:
         """Where an image lies or would lie. Raises ``not-found`` for what is no digest."""
@@ -178,7 +182,7 @@ class ContentStore:
                 for path in sorted(work.iterdir()):
                     lock = try_lock(path / "lock") if path.is_dir() else None
                     if lock is not None:
-                        await in_thread(lambda _, path=path: remove_tree(path))  # type: ignore[misc]
+                        await self._remove_work(path)
                         os.close(lock)
                         removed.append(path)
         return removed
@@ -197,9 +201,10 @@ class ContentStore:
         try:
             yield home
         finally:
-            # Renamed trees may be large: in a thread, which is waited for even when we are being cancelled.
-            await in_thread(lambda _: remove_tree(home))
-            os.close(lock)
+            try:
+                await shielded(self._remove_work(home))
+            finally:
+                os.close(lock)
 
     @contextlib.asynccontextmanager
     async def _locked(self) -> AsyncIterator[None]:
@@ -217,21 +222,8 @@ def _renew(files: Path, target: Path) -> None:
     sync_directory(target)
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a tree also where directories were made read-only; what is absent is no error."""
-
-    def again(function: object, name: str, _: object) -> None:
-        if not os.path.lexists(name):
-            return
-        os.chmod(os.path.dirname(name), 0o700)
-        if os.path.isdir(name) and not os.path.islink(name):
-            os.chmod(name, 0o700)
-            shutil.rmtree(name)
-        else:
-            os.unlink(name)
-
-    if path.exists():
-        shutil.rmtree(path, onerror=again)
+async def _remove(path: Path) -> None:
+    await in_thread(lambda _: remove_tree(path))
 
 
 def _seal(home: Path, stop: threading.Event) -> dict[str, ImageFile]:
@@ -266,6 +258,3 @@ def _damaged(path: Path, expected: str, found: str) -> MicaError:
         hint="delete the image and build or import it again; then check the disk it lies on",
         details={"path": str(path), "expected": expected, "found": found},
     )
-
-
-__all__ = ["ContentStore", "Draft", "Facts", "Stopped", "image_digest", "remove_tree"]
