@@ -19,7 +19,7 @@ from mica.model.units import GIB, MIB, parse_duration, parse_size
 
 CONFIG_NAME = "config.toml"
 
-# Name → what it is for. Each is a key of config.toml, an environment variable ``MICA_<NAME>`` and an option ``--<name>``.
+# Name → what it is for. Each is a key of config.toml, a variable ``MICA_<NAME>`` and an option ``--<name>``.
 SETTINGS: dict[str, str] = {
     "listen": "also serve the API on TCP, as ADDRESS:PORT; loopback addresses only, with the token in MICA_HOME/token",
     "qemu": "the QEMU binary to use instead of qemu-system-x86_64 on PATH",
@@ -34,11 +34,15 @@ SETTINGS: dict[str, str] = {
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """All a daemon needs to know before it looks at the host. Sizes in bytes, times in seconds."""
+    """All a daemon needs to know before it looks at the host. Sizes in bytes, times in seconds.
+
+    ``session`` is what systemd's tools need of the environment to find this user's manager.
+    """
 
     home: Path
     runtime_dir: Path
     path: str
+    session: dict[str, str] = {}
     uid: int
     listen: tuple[str, int] | None = None
     qemu: str = ""
@@ -53,6 +57,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def api_socket(self) -> Path:
         return self.runtime_dir / "api.sock"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.home / "logs"
 
     @property
     def token_file(self) -> Path:
@@ -104,6 +112,7 @@ def load(options: Mapping[str, str], environ: Mapping[str, str] = os.environ, ui
         home=home,
         runtime_dir=runtime,
         path=environ.get("PATH", os.defpath),
+        session={k: environ[k] for k in ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS") if k in environ},
         uid=uid,
         listen=_listen(values["listen"]) if values.get("listen") else None,
         qemu=values.get("qemu", ""),

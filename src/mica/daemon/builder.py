@@ -1,0 +1,157 @@
+"""Makes the adapters of one daemon from its settings and from what the host turns out to have."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from mica.daemon.settings import Settings, default_reserve
+from mica.engine.definition import Policy
+from mica.host.doctor import Examination, Probes, examine
+from mica.host.local import LocalHost, SystemClock
+from mica.host.slices import HostSlices
+from mica.images.directory import DirectoryImages
+from mica.model.doctor import AcceleratorProof, DoctorReport
+from mica.network import passt, proof
+from mica.network.user import UserNetworks
+from mica.qemu.accel import Accelerator
+from mica.qemu.accelerators.platforms import ProverContext, provers
+from mica.qemu.accelerators.prover import Accelerators
+from mica.qemu.command_line import QemuHost
+from mica.qemu.discover import BINARY, Qemu, write_atomically
+from mica.qemu.discover_firmware import find_uefi
+from mica.qemu.hypervisor import QemuHypervisor, can_direct_io
+from mica.qemu.jail import Jail, JailUsers, detect
+from mica.storage.directory import DirectoryVolumes
+
+USERS = JailUsers()
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+class Builder:
+    """Makes every object of one daemon from its settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.root = settings.uid == 0
+        self.clock = SystemClock()
+        self.cache = settings.home / "cache"
+        self.qemu = Qemu(path=settings.path, cache=self.cache, binary=settings.qemu or BINARY)
+        found = find_uefi()
+        self.firmware = found[0] if found else None
+
+    async def accelerators(self) -> Accelerators:
+        build = await self.qemu.build()
+        context = ProverContext(build=build, uid=self.settings.uid, user=_user(self.settings.uid))
+        return Accelerators(provers(sys.platform, context), cache=self.cache, now=self.clock.now)
+
+    async def probe(self) -> tuple[QemuHost, Jail]:
+        """QEMU, the best accelerator that is proven to work, and the strongest jail. Raises ``host-lacks``."""
+        build = await self.qemu.build()
+        if self.settings.accelerator:
+            accelerator = Accelerator(self.settings.accelerator)
+        else:
+            accelerator = Accelerator((await (await self.accelerators()).best()).name)
+        host = QemuHost(
+            build=build,
+            accelerator=accelerator,
+            firmware_code=Path(self.firmware.code) if self.firmware else None,
+            firmware_format=self.firmware.format.value if self.firmware else "raw",
+            direct_io=can_direct_io,
+        )
+        return host, await detect(root=self.root, off=self.settings.jail_off)
+
+    async def find_passt(self) -> passt.Passt:
+        """passt, with the proof that a guest cannot reach the host's loopback through it; kept for its binary."""
+        found = await passt.detect()
+        status = os.stat(found.path)
+        key = f"{found.path}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+        file = self.cache / "passt.json"
+        try:
+            known = msgspec.json.decode(file.read_bytes(), type=dict[str, passt.Passt])
+        except (OSError, msgspec.MsgspecError):
+            known = {}
+        if key not in known:
+            known = {key: await proof.prove(found, self.settings.runtime_dir, lambda: self.passt_owner(0))}
+            write_atomically(file, msgspec.json.encode(known))
+        return known[key]
+
+    def passt_owner(self, slot: int) -> passt.Owner | None:
+        if not self.root:
+            return None
+        own, vm = USERS.network(slot), USERS.vm(slot)
+        return passt.Owner(uid=own.uid, gid=own.gid, peer_gid=vm.gid)
+
+    def volumes(self) -> DirectoryVolumes:
+        home = self.settings.home
+        template = Path(self.firmware.vars) if self.firmware else None
+        qemu_img = shutil.which("qemu-img", path=self.settings.path) or ""
+        return DirectoryVolumes(home / "volumes", qemu_img, template, bases=(home / "images",))
+
+    async def doctor(self, fresh: bool) -> DoctorReport:
+        """Examine the host now."""
+        s = self.settings
+
+        async def prove(again: bool) -> Sequence[AcceleratorProof]:
+            return await (await self.accelerators()).prove(fresh=again)
+
+        probes = Probes(
+            qemu=self.qemu.build,
+            accelerators=prove,
+            jail=lambda: detect(root=self.root, off=s.jail_off),
+            network=self.find_passt,
+            firmware=lambda: self.firmware,
+        )
+        return await examine(
+            Examination(
+                home=s.home,
+                ram_dir=s.ram_dir,
+                path=s.path,
+                uid=s.uid,
+                user=_user(s.uid),
+                probes=probes,
+                fresh=fresh,
+            )
+        )
+
+    def policy(self, memory: int) -> Policy:
+        s = self.settings
+        return Policy(
+            reserve=default_reserve(memory) if s.reserve is None else s.reserve,
+            trash_s=s.trash_s,
+            operation_retention_s=s.keep_operations_s,
+            uid_base=USERS.first if self.root and not s.jail_off else None,
+        )
+
+    def hypervisor(self, share: HostSlices) -> QemuHypervisor:
+        s = self.settings
+        return QemuHypervisor(
+            probe=self.probe,
+            users=USERS,
+            runtime_dir=s.runtime_dir,
+            ram_dir=s.ram_dir,
+            log_dir=s.log_dir,
+            join_slice=share.join,
+            clock=self.clock,
+        )
+
+    def networks(self) -> UserNetworks:
+        return UserNetworks(runtime_dir=self.settings.runtime_dir, find=self.find_passt, owner=self.passt_owner)
+
+    def images(self) -> DirectoryImages:
+        return DirectoryImages(self.settings.home / "images")
+
+    def host(self) -> LocalHost:
+        return LocalHost(home=self.settings.home, ram_dir=self.settings.ram_dir)

@@ -1,0 +1,164 @@
+"""The engine as the API sees it: requests, views, guests, consoles, the host, each passed to who does it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from mica import __version__
+from mica.daemon.settings import Settings
+from mica.engine.engine import Engine
+from mica.host.facts import read_facts
+from mica.model.doctor import DoctorReport
+from mica.model.errors import Code, MicaError, invalid
+from mica.model.operation import Actor, Operation
+from mica.model.transitions import LIVE
+from mica.model.units import Bytes
+from mica.model.views import Event, HostView, ImagePage, ImageView, OperationPage, VmPage, VmView
+from mica.qemu.command_line import Sockets
+from mica.qemu.console import Consoles
+from mica.qemu.hypervisor import QemuHypervisor
+
+MAX_LOG = 16 * 1024 * 1024
+
+
+class Service:
+    """Implements :class:`mica.api.facade.Facade` over one running engine."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        hypervisor: QemuHypervisor,
+        consoles: Consoles,
+        settings: Settings,
+        doctor: Callable[[bool], Awaitable[DoctorReport]],
+        started_at: float,
+    ) -> None:
+        self._engine = engine
+        self._views = engine.views
+        self._records = engine.env.records
+        self._hypervisor = hypervisor
+        self._consoles = consoles
+        self._settings = settings
+        self._doctor = doctor
+        self._started_at = started_at
+
+    # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def submit(
+        self,
+        verb: str,
+        target: str,
+        params: msgspec.Struct,
+        *,
+        by: Actor,
+        if_match: int | None = None,
+        idempotency_key: str = "",
+    ) -> Operation:
+        return await self._engine.submit(
+            verb, target, params, by=by, if_match=if_match, idempotency_key=idempotency_key
+        )
+
+    async def cancel(self, operation_id: str, *, by: Actor) -> Operation:
+        return await self._engine.cancel((await self._views.operation(operation_id)).id, by=by)
+
+    async def resolve(self, operation_id: str, how: str, *, by: Actor) -> Operation:
+        return await self._engine.resolve((await self._views.operation(operation_id)).id, how, by=by)
+
+    # ── views ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def vm(self, ref: str) -> VmView:
+        return await self._views.vm(ref)
+
+    async def vms(
+        self, *, after: str = "", limit: int = 100, trashed: bool = False, labels: dict[str, str] | None = None
+    ) -> VmPage:
+        return await self._views.vms(after=after, limit=limit, trashed=trashed, labels=labels)
+
+    async def operation(self, operation_id: str) -> Operation:
+        return await self._views.operation(operation_id)
+
+    async def operations(
+        self, *, after: str = "", limit: int = 100, vm: str = "", active: bool = False
+    ) -> OperationPage:
+        return await self._views.operations(after=after, limit=limit, vm=vm, active=active)
+
+    async def image(self, ref: str) -> ImageView:
+        return await self._views.image(ref)
+
+    async def images(self) -> ImagePage:
+        return await self._views.images()
+
+    async def host(self) -> HostView:
+        capacity = self._engine.env.host.capacity()
+        ledger = (await self._records.read_ledger()).value.reserved.values()
+        statuses = [s.value.observed.state for s in (await self._records.statuses.scan()).values()]
+        found = self._hypervisor.found
+        return HostView(
+            hostname=read_facts().hostname,
+            version=__version__,
+            pid=os.getpid(),
+            home=str(self._settings.home),
+            started_at=self._started_at,
+            cpus=capacity.cpus,
+            memory=capacity.memory,
+            available=capacity.available,
+            reserve=Bytes(self._engine.env.policy.reserve),
+            committed=Bytes(sum(r.ram + r.overhead for r in ledger)),
+            vms=len(statuses),
+            running=sum(state in LIVE for state in statuses),
+            accelerator=found.accelerator.value if found else "",
+            qemu=found.build.version if found else "",
+        )
+
+    async def doctor(self, *, fresh: bool = False) -> DoctorReport:
+        return await self._doctor(fresh)
+
+    async def revision(self) -> int:
+        return await self._records.store.revision()
+
+    def events(self, since: int | None) -> AsyncIterator[Event]:
+        return self._views.events(since)
+
+    # ── console and logs ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _serial(self, ref: str) -> tuple[str, Path | None]:
+        """The VM's id, and its serial socket while it runs."""
+        vm_id = await self._records.resolve_vm(ref)
+        status = (await self._records.statuses.need(vm_id)).value
+        if status.runtime is None or status.observed.state not in LIVE:
+            return vm_id, None
+        return vm_id, Sockets(Path(status.runtime.run_dir)).serial
+
+    async def console_follow(self, vm: str, offset: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        vm_id, socket = await self._serial(vm)
+        async for piece in self._consoles.follow(vm_id, socket, offset):
+            yield piece
+
+    async def console_write(self, vm: str, data: bytes) -> None:
+        vm_id, socket = await self._serial(vm)
+        if socket is None:
+            raise MicaError(
+                Code.STATE_CONFLICT, f"VM {vm} does not run, so its console takes no input", hint="start it first"
+            )
+        await self._consoles.write(vm_id, socket, data)
+
+    async def log(self, vm: str, which: str, tail: int) -> bytes:
+        """The end of the ``console`` or ``qemu`` log, at most ``tail`` bytes."""
+        if not 0 < tail <= MAX_LOG:
+            raise invalid(f"a tail of {tail} bytes is not between 1 and {MAX_LOG}")
+        vm_id = await self._records.resolve_vm(vm)
+        if which == "console":
+            return self._consoles.tail(vm_id, tail)
+        if which != "qemu":
+            raise invalid(f"there is no log {which!r}", hint="console or qemu")
+        file = self._settings.log_dir / vm_id / "qemu.log"
+        if not file.exists():
+            return b""
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - tail))
+            return stream.read(tail)
