@@ -1,0 +1,136 @@
+"""One VM in the hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from mica.client.operations import OnProgress
+from mica.client.vms import AGENT_TIMEOUT_S, Vms
+from mica.model.errors import Code, MicaError
+from mica.model.operation import Operation
+from mica.model.units import parse_size
+from mica.model.views import VmSet, VmView
+from mica.model.vm import VmState
+
+if TYPE_CHECKING:
+    from mica.client.console import Console
+    from mica.client.execs import ExecResult, ExecStream, Stdin
+    from mica.client.files import CopyReport, OnCopied
+
+
+class VmHandle:
+    """A VM of one client. ``view`` is what was known of it when it was last asked about; ``refresh`` asks again.
+
+    As an asynchronous context manager it deletes the VM at the end if it was made with ``rm=True``.
+    """
+
+    def __init__(self, vms: Vms, view: VmView) -> None:
+        self._vms = vms
+        self.view = view
+        self.rm = False
+
+    def __repr__(self) -> str:
+        return f"<VmHandle {self.name} {self.id[:8]} {self.state}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.rm:
+            await self.remove()
+
+    @property
+    def id(self) -> str:
+        return self.view.id
+
+    @property
+    def name(self) -> str:
+        return self.view.name
+
+    @property
+    def state(self) -> VmState:
+        return self.view.observed.state
+
+    async def refresh(self) -> VmView:
+        """Ask again what is known of it. Raises ``not-found`` when it is gone."""
+        self.view = await self._vms.view(self.id)
+        return self.view
+
+    async def start(
+        self, *, paused: bool = False, overcommit: bool = False, on_progress: OnProgress | None = None
+    ) -> Self:
+        """Raises ``insufficient-memory`` with the numbers and the ways out, ``qemu-failed`` with QEMU's words."""
+        return await self._after(
+            await self._vms.start(self.id, paused=paused, overcommit=overcommit, on_progress=on_progress)
+        )
+
+    async def stop(
+        self, *, force: bool = False, timeout_s: float | None = None, on_progress: OnProgress | None = None
+    ) -> Self:
+        """Ask the guest to shut down, and force it after ``timeout_s``; ``view.observed.reason`` says which it was."""
+        return await self._after(
+            await self._vms.stop(self.id, force=force, timeout_s=timeout_s, on_progress=on_progress)
+        )
+
+    async def restart(
+        self, *, force: bool = False, timeout_s: float | None = None, on_progress: OnProgress | None = None
+    ) -> Self:
+        return await self._after(
+            await self._vms.restart(self.id, force=force, timeout_s=timeout_s, on_progress=on_progress)
+        )
+
+    async def pause(self) -> Self:
+        return await self._after(await self._vms.pause(self.id))
+
+    async def resume(self) -> Self:
+        return await self._after(await self._vms.resume(self.id))
+
+    async def restore(self, *, name: str = "") -> Self:
+        """Bring it back from the trash."""
+        return await self._after(await self._vms.restore(self.id, name=name))
+
+    async def set(self, *, if_match: int | None = None, **fields: Any) -> Self:
+        """Change fields of :class:`mica.model.views.VmSet`; ``memory`` may be words. See ``view.pending``."""
+        if isinstance(fields.get("memory"), str):
+            fields["memory"] = parse_size(fields["memory"])
+        return await self._after(await self._vms.set(self.id, VmSet(**fields), if_match=if_match))
+
+    async def delete(self, *, purge: bool = False, force: bool = False) -> None:
+        """Into the trash, or for good with ``purge``; ``force`` stops it first."""
+        await self._vms.delete(self.id, purge=purge, force=force)
+
+    async def remove(self) -> None:
+        """Stop it and delete it for good, whatever it does; that it is gone already is no error."""
+        try:
+            await self._vms.delete(self.id, purge=True, force=True)
+        except MicaError as error:
+            if error.code not in (Code.NOT_FOUND, Code.GONE):
+                raise
+
+    async def _after(self, _operation: Operation) -> Self:
+        await self.refresh()
+        return self
+
+    async def wait_agent(self, *, timeout_s: float = AGENT_TIMEOUT_S) -> Self:
+        """Wait until the guest agent answers. Raises ``agent-unavailable``."""
+        self.view = await self._vms.wait_agent(self.id, timeout_s=timeout_s)
+        return self
+
+    async def log(self, which: str = "console", *, tail: int = 64 * 1024) -> bytes:
+        """The last ``tail`` bytes of the serial ``console``'s history, or of ``qemu``'s own messages."""
+        return await self._vms.log(self.id, which, tail=tail)
+
+    async def operations(self, *, limit: int = 100) -> list[Operation]:
+        """What was done with it, the newest first."""
+        return await self._vms.operations.list(vm=self.id, limit=limit)
+
+    def console(self, *, offset: int | None = None) -> Console:
+        """Its serial console, from ``offset`` of its history on (the last 64 KiB by default): ``async with`` it."""
+        from mica.client.console import Console
+
+        return Console(self._vms.transport, self.id, offset)
