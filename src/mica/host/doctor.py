@@ -20,25 +20,25 @@ from mica.model.errors import Code, MicaError
 
 __all__ = ["CHECKS", "Examination", "Probes", "examine"]
 
-CHECKS: tuple[tuple[str, Check], ...] = (
-    ("QEMU", doctor_qemu.qemu),
-    ("accelerators", doctor_qemu.accelerators),
-    ("privileges", doctor_jail.privileges),
-    ("jail", doctor_jail.jail),
-    ("system call filter", doctor_qemu.sandbox),
-    ("boundary", doctor_jail.boundary),
-    ("network", doctor_network.user_mode),
-    ("taps", doctor_network.taps),
-    ("control groups", cgroups),
-    ("memory", doctor_resources.memory),
-    ("guest memory", doctor_resources.guest_ram),
-    ("processors", doctor_resources.processors),
-    ("disk", doctor_resources.disk),
-    ("disk images", doctor_images.disk_images),
-    ("firmware", doctor_images.firmware),
-    ("image building", doctor_images.building),
-    ("process memory", doctor_session.process_memory),
-    ("sessions", doctor_session.lingering),
+CHECKS: tuple[tuple[str, str, Check], ...] = (
+    ("qemu", "QEMU", doctor_qemu.qemu),
+    ("accelerators", "Accelerators", doctor_qemu.accelerators),
+    ("privileges", "Privileges", doctor_jail.privileges),
+    ("jail", "Jail", doctor_jail.jail),
+    ("sandbox", "System call filter", doctor_qemu.sandbox),
+    ("boundary", "Boundary", doctor_jail.boundary),
+    ("network", "User-mode network", doctor_network.user_mode),
+    ("tun", "Taps", doctor_network.taps),
+    ("cgroups", "Control groups", cgroups),
+    ("memory", "Memory", doctor_resources.memory),
+    ("guest-ram", "Guest memory", doctor_resources.guest_ram),
+    ("cpus", "Processors", doctor_resources.processors),
+    ("disk", "Disk", doctor_resources.disk),
+    ("qemu-img", "Disk images", doctor_images.disk_images),
+    ("uefi", "UEFI firmware", doctor_images.firmware),
+    ("images", "Image building", doctor_images.building),
+    ("ptrace", "Memory of processes", doctor_session.process_memory),
+    ("linger", "Logout", doctor_session.lingering),
 )
 """In the order in which the findings are told."""
 
@@ -53,7 +53,7 @@ async def examine(examination: Examination) -> DoctorReport:
     fixes = Fixes(read_family(examination.root), examination.uid == 0)
     patient = Patient(examination=examination, facts=facts, fixes=fixes, qemu=qemu, proofs=proofs)
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_run(title, check, patient)) for title, check in CHECKS]
+        tasks = [group.create_task(_run(key, title, check, patient)) for key, title, check in CHECKS]
     findings = tuple(finding for task in tasks for finding in task.result())
     return DoctorReport(findings=findings, host=facts, accelerators=proofs)
 
@@ -66,7 +66,7 @@ async def _ask(examination: Examination) -> tuple[QemuView | MicaError, tuple[Ac
         return error, ()
 
 
-async def _run(title: str, check: Check, patient: Patient) -> Sequence[Finding]:
+async def _run(key: str, title: str, check: Check, patient: Patient) -> Sequence[Finding]:
     """A check that fails or hangs is a finding itself: the others are still told."""
     limit = patient.examination.check_timeout_s
     try:
@@ -80,7 +80,7 @@ async def _run(title: str, check: Check, patient: Patient) -> Sequence[Finding]:
         words = f"{error.filename or 'a system call'}: {error.strerror or error}"
     return [
         Finding(
-            id=title.replace(" ", "-").lower(),
+            id=key,
             title=title,
             status=Status.DEGRADED,
             proof=f"could not be examined: {words}",
