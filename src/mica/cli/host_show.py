@@ -1,0 +1,36 @@
+"""``mica host show``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from mica.cli.context import Context
+from mica.cli.options import DEFAULTS, Hidden, Options
+from mica.cli.text import age, facts, moment, size
+from mica.model.views import HostView
+
+
+async def show(*, options: Options = DEFAULTS, ctx: Annotated[Context, Hidden]) -> None:
+    """Show this host and what its VMs use of it."""
+    async with ctx.client() as client:
+        view = await client.host()
+    ctx.emit(view, lambda: describe(view, ctx))
+
+
+def describe(view: HostView, ctx: Context) -> str:
+    """All of a host for a reader."""
+    return facts(
+        (
+            ("host", view.hostname),
+            ("processors", str(view.cpus)),
+            ("memory", f"{size(view.memory)}, {size(view.available)} available"),
+            ("for VMs", f"{size(view.committed)} promised, {size(view.reserve)} kept for the host"),
+            ("VMs", f"{view.vms}, {view.running} running"),
+            ("accelerator", view.accelerator),
+            ("QEMU", view.qemu),
+            ("daemon", f"{view.version}, pid {view.pid}"),
+            ("up", f"{age(view.started_at, ctx.now)}, since {moment(view.started_at)}"),
+            ("home", view.home),
+        ),
+        colour=ctx.colour,
+    )

@@ -1,0 +1,93 @@
+"""How things look in a terminal: aligned tables, sizes and ages for people, colour where it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from mica.model.units import format_duration, format_size
+
+GREEN, YELLOW, RED, DIM, BOLD = "32", "33", "31", "2", "1"
+
+STATE_STYLES = {
+    "running": GREEN,
+    "succeeded": GREEN,
+    "ready": GREEN,
+    "ok": GREEN,
+    "paused": YELLOW,
+    "starting": YELLOW,
+    "stopping": YELLOW,
+    "creating": YELLOW,
+    "deleting": YELLOW,
+    "queued": YELLOW,
+    "unwinding": YELLOW,
+    "waiting": YELLOW,
+    "degraded": YELLOW,
+    "crashed": RED,
+    "failed": RED,
+    "stuck": RED,
+    "missing": RED,
+    "damaged": RED,
+}
+
+
+def paint(text: str, style: str, colour: bool) -> str:
+    """``text`` in an SGR style (ECMA-48 section 8.3.117)."""
+    return f"\x1b[{style}m{text}\x1b[0m" if colour and style and text else text
+
+
+def paint_state(text: str, colour: bool) -> str:
+    return paint(text, STATE_STYLES.get(text, ""), colour)
+
+
+def clean(text: str) -> str:
+    """Text from a guest or a file without control characters: it must not drive the reader's terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def size(value: int | None) -> str:
+    return "-" if value is None else format_size(value)
+
+
+def age(at: float | None, now: float) -> str:
+    """How long ago, in one word: ``3h12m``."""
+    return "-" if at is None else format_duration(max(0.0, now - at))
+
+
+def moment(at: float | None) -> str:
+    """Local time to the second."""
+    return "-" if at is None else datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = (), colour: bool = False
+) -> str:
+    """Columns as wide as their widest cell, two spaces apart; ``right`` are right-aligned; states are coloured."""
+    body = [[clean(cell).replace("\n", " ") or "-" for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(head), *body]) for i in range(len(head))]
+    rights = set(right)
+
+    def line(cells: Sequence[str], style: str = "") -> str:
+        padded = [c.rjust(w) if i in rights else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        shown = [
+            paint(text, style or STATE_STYLES.get(cell, ""), colour) for text, cell in zip(padded, cells, strict=True)
+        ]
+        # Padding at the end of a line only makes narrow terminals wrap.
+        if shown and (len(cells) - 1) not in rights:
+            last = cells[-1]
+            shown[-1] = paint(last, style or STATE_STYLES.get(last, ""), colour)
+        return "  ".join(shown)
+
+    return "\n".join([line(head, BOLD), *(line(row) for row in body)])
+
+
+def facts(pairs: Iterable[tuple[str, str]], *, colour: bool = False) -> str:
+    """``name: value`` lines, aligned; empty values are left out; further lines of a value are indented."""
+    kept = [(name, clean(value)) for name, value in pairs if value]
+    width = max((len(name) for name, _ in kept), default=0) + 2
+    lines = []
+    for name, value in kept:
+        first, *rest = value.split("\n")
+        lines.append(paint(f"{name}:".ljust(width), DIM, colour) + paint_state(first, colour))
+        lines += [" " * width + more for more in rest]
+    return "\n".join(lines)

@@ -1,0 +1,30 @@
+"""``mica up``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from mica.cli.context import Context
+from mica.cli.daemon_verbs import run
+from mica.cli.options import DEFAULTS, Hidden, Options
+
+
+def up(
+    *arguments: str,
+    listen: str | None = None,
+    options: Options = DEFAULTS,
+    ctx: Annotated[Context, Hidden],
+) -> int:
+    """Run the daemon in the foreground and print its addresses. Ctrl-C stops it; VMs live on.
+
+    Parameters
+    ----------
+    arguments
+        After --: further settings of the daemon; see mica daemon run -- --help.
+    listen
+        Serve the API on this loopback ADDRESS:PORT too, with the token in MICA_HOME/token.
+    """
+    place = ctx.place()
+    ctx.say(f"running the daemon of {place.home}; Ctrl-C stops it, VMs live on")
+    ctx.say(f"its API is at unix://{place.socket}" + (f" and http://{listen}" if listen else ""))
+    return run(*arguments, listen=listen, options=options, ctx=ctx)

@@ -1,0 +1,172 @@
+"""``mica vm list`` and ``mica vm show``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from mica.cli.context import Context
+from mica.cli.options import DEFAULTS, Flag, Hidden, Many, Options, VmArg
+from mica.cli.text import age, facts, moment, size, table
+from mica.cli.values import pairs
+from mica.model.views import VmView
+from mica.model.vm import DiskSpec, NicRuntime, Publish, VmState
+
+_LIVE = (VmState.RUNNING, VmState.PAUSED, VmState.STOPPING)
+
+
+async def list_(
+    *,
+    label: Many = (),
+    trashed: Flag = False,
+    options: Options = DEFAULTS,
+    ctx: Annotated[Context, Hidden],
+) -> None:
+    """List VMs.
+
+    Parameters
+    ----------
+    label
+        Only VMs with this label, as KEY=VALUE; given again, all must hold.
+    trashed
+        List the trash instead.
+    """
+    async with ctx.client() as client:
+        vms = await client.vms.list(labels=pairs(label, "label"), trashed=trashed)
+    views = [vm.view for vm in vms]
+    ctx.emit(views, lambda: _trash(ctx, views) if trashed else _list(ctx, views))
+
+
+def _list(ctx: Context, views: list[VmView]) -> str:
+    if not views:
+        ctx.say("no VMs yet; make one with: mica run micro")
+        return ""
+    head = ("NAME", "STATE", "IMAGE", "VCPUS", "MEMORY", "CPU", "USED", "ADDRESS", "UP")
+    rows = [
+        (
+            view.name,
+            view.observed.state.value,
+            view.image_name,
+            str(view.spec.cpus),
+            size(view.spec.memory),
+            "-" if view.usage.cpu is None else f"{view.usage.cpu * 100:.0f} %",
+            size(view.usage.memory),
+            address(view),
+            age(view.observed.started_at, ctx.now) if view.observed.state in _LIVE else "-",
+        )
+        for view in views
+    ]
+    return table(head, rows, right=(3, 4, 5, 6, 8), colour=ctx.colour)
+
+
+def _trash(ctx: Context, views: list[VmView]) -> str:
+    if not views:
+        ctx.say("the trash is empty")
+        return ""
+    head = ("NAME", "ID", "IMAGE", "DELETED", "EXPIRES")
+    rows = [
+        (view.name, view.id[:8], view.image_name, f"{age(view.deleted_at, ctx.now)} ago", moment(view.expires_at))
+        for view in views
+    ]
+    return table(head, rows, colour=ctx.colour)
+
+
+def address(view: VmView) -> str:
+    """The address to tell first: what the guest says, else what it was given."""
+    given = [nic.address for nic in view.nics if nic.address]
+    return next(iter([*given, *view.observed.addresses]), "-")
+
+
+async def show(vm: VmArg, /, *, options: Options = DEFAULTS, ctx: Annotated[Context, Hidden]) -> None:
+    """Show everything known of a VM.
+
+    Parameters
+    ----------
+    vm
+        Name or id of the VM.
+    """
+    async with ctx.client() as client:
+        view = (await client.vms.get(vm)).view
+    ctx.emit(view, lambda: describe(view, ctx.now, colour=ctx.colour))
+
+
+def describe(view: VmView, now: float, *, colour: bool = False) -> str:
+    """All of a VM for a reader."""
+    observed, spec = view.observed, view.spec
+    state = observed.state.value
+    wanted = f"wanted: {view.intent}" if view.intent.value != state else ""
+    since = f"for {age(observed.since, now)}" if observed.since else ""
+    about = ", ".join(part for part in (since, observed.reason, wanted) if part)
+    limit = "" if spec.cpu_limit is None else f", at most {spec.cpu_limit:g} of the host's"
+    problem = observed.problem
+    return facts(
+        (
+            ("name", view.name),
+            ("id", view.id),
+            ("state", state),
+            ("", ""),
+            ("about", about),
+            ("problem", "" if problem is None else "\n".join(t for t in (problem.message, problem.hint) if t)),
+            ("pending", _pending(view)),
+            ("operations", "\n".join(view.operations)),
+            ("image", view.image_name),
+            ("machine", f"{spec.machine}, {spec.firmware}, {view.accelerator or 'not running'}"),
+            ("vCPUs", f"{spec.cpus}{limit}"),
+            ("memory", size(spec.memory)),
+            ("use", _use(view)),
+            ("disks", "\n".join(_disk(disk) for disk in spec.disks)),
+            ("network", "\n".join(_nic(nic) for nic in view.nics) or ", ".join(nic.network for nic in spec.nics)),
+            ("boot order", ", ".join(spec.boot)),
+            ("agent", observed.agent.value),
+            ("guest", ", ".join(part for part in (observed.os, observed.hostname) if part)),
+            ("addresses", ", ".join(observed.addresses)),
+            ("up", age(observed.started_at, now) if observed.state in _LIVE else ""),
+            ("process", "" if view.process is None else f"pid {view.process.pid}"),
+            ("labels", ", ".join(f"{key}={value}" for key, value in sorted(view.labels.items()))),
+            ("description", view.description),
+            ("options", ", ".join(_switches(view))),
+            ("created", f"{moment(view.created_at)} by {view.created_by}"),
+            (
+                "deleted",
+                "" if view.deleted_at is None else f"{moment(view.deleted_at)}, kept to {moment(view.expires_at)}",
+            ),
+            ("reduced", "\n".join(view.reduced)),
+        ),
+        colour=colour,
+    )
+
+
+def _pending(view: VmView) -> str:
+    return f"{', '.join(view.pending)}: from the next start on (mica vm restart {view.name})" if view.pending else ""
+
+
+def _use(view: VmView) -> str:
+    usage = view.usage
+    parts = (
+        "" if usage.cpu is None else f"{usage.cpu * 100:.0f} % of a processor",
+        "" if usage.memory is None else f"{size(usage.memory)} of memory",
+        "" if usage.disk is None else f"{size(usage.disk)} of disk",
+    )
+    return ", ".join(part for part in parts if part)
+
+
+def _disk(disk: DiskSpec) -> str:
+    limits = [f"{disk.limits.iops} IOPS"] if disk.limits.iops else []
+    limits += [f"{size(disk.limits.bytes_per_s)}/s"] if disk.limits.bytes_per_s else []
+    at_most = f", at most {' and '.join(limits)}" if limits else ""
+    return f"{disk.name}: {size(disk.size)} {disk.format}{', read-only' if disk.read_only else ''}{at_most}"
+
+
+def publish_text(publish: Publish) -> str:
+    host = f"[{publish.host_address}]" if ":" in publish.host_address else publish.host_address
+    return f"{host}:{publish.host_port} → {publish.guest_port}/{publish.protocol}"
+
+
+def _nic(nic: NicRuntime) -> str:
+    published = ", ".join(publish_text(publish) for publish in nic.publish)
+    return f"{nic.name}: {nic.address or 'no address'}" + (f", published {published}" if published else "")
+
+
+def _switches(view: VmView) -> list[str]:
+    spec = view.spec
+    named = {"autostart": spec.autostart, "protected": spec.protected, "ephemeral": spec.ephemeral}
+    return [name for name, on in named.items() if on] + ([] if spec.display else ["no display"])
