@@ -218,6 +218,7 @@ class Engine:
                 vm_verbs(actor.waiting),
                 definition.state_verb,
                 capacity=env.policy.inbox_capacity,
+                stops_first=isinstance(params, VmDelete) and params.force,
             )
             if decision.error is not None:
                 raise decision.error

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from mica.model.errors import Code, MicaError
-from mica.model.transitions import RULES, Answer, VmVerb, answer
+from mica.model.transitions import LIVE, RULES, Answer, VmVerb, answer
 from mica.model.vm import VmState
 
 
@@ -26,9 +26,16 @@ def expected_state(state: VmState, waiting: Sequence[VmVerb]) -> VmState:
     return state
 
 
-def decide(name: str, state: VmState, waiting: Sequence[VmVerb], verb: VmVerb, *, capacity: int) -> Decision:
-    """``waiting`` are the verbs accepted and not ended, oldest first, the running one among them."""
+def decide(
+    name: str, state: VmState, waiting: Sequence[VmVerb], verb: VmVerb, *, capacity: int, stops_first: bool = False
+) -> Decision:
+    """``waiting`` are the verbs accepted and not ended, oldest first, the running one among them.
+
+    ``stops_first``: the request brings a running VM down itself before it does what it is for.
+    """
     expected = expected_state(state, waiting)
+    if stops_first and expected in LIVE:
+        expected = VmState.STOPPED
     if len(waiting) >= capacity:
         error = MicaError(
             Code.BUSY,

@@ -172,7 +172,13 @@ class Views:
         the object they carry is what looking shows.
         """
         store = self._records.store
-        at = await store.revision() if since is None else since
+        at = await store.revision()
+        if since is not None and since > at:
+            # A power cut may take back the last commits that were not durable, and their revisions are used again.
+            raise MicaError(
+                Code.GONE, f"there is no revision {since}, the last is {at}", hint="list everything again and follow"
+            )
+        at = at if since is None else since
         while True:
             try:
                 changes = await store.changes(at)

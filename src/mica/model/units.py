@@ -32,6 +32,8 @@ def parse_size(text: str | int) -> Bytes:
     if not match:
         raise invalid(f"{text!r} is not a size", hint="write for example 512M, 2GiB or 1.5G")
     number, prefix, suffix = match.groups()
+    if len(number) > 20:
+        raise invalid(f"a size of {len(number)} digits is more than any machine has")
     base = 1000 if prefix and suffix.lower() == "b" else 1024
     return Bytes(round(float(number) * base ** _POWER[prefix.lower()]))
 
@@ -51,10 +53,8 @@ def parse_duration(text: str | float) -> float:
     if isinstance(text, int | float):
         return float(text)
     compact = text.replace(" ", "")
-    try:
+    if re.fullmatch(r"\d{1,15}(\.\d+)?", compact):
         return float(compact)
-    except ValueError:
-        pass
     parts = _DURATION.findall(compact)
     if not parts or "".join(n + u for n, u in parts) != compact:
         raise invalid(f"{text!r} is not a duration", hint="write for example 30s, 5m, 1h30m or 7d")

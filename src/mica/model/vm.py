@@ -218,7 +218,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 def check_name(name: str, noun: str = "name") -> str:
     """Return ``name`` if it is a DNS label (RFC 1123 section 2.1, at most 63 characters). Raises ``invalid``."""
-    if not _LABEL.match(name):
+    if not _LABEL.fullmatch(name):
         raise invalid(
             f"{noun} {name!r} is not a DNS label",
             hint="use 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit",
@@ -232,15 +232,14 @@ def check_labels(labels: dict[str, str]) -> dict[str, str]:
     if len(labels) > 64:
         raise invalid(f"{len(labels)} labels; a VM has at most 64", hint="remove some with --unlabel KEY")
     for key, value in labels.items():
-        if not _LABEL_KEY.match(key):
+        if not _LABEL_KEY.fullmatch(key):
             raise invalid(f"label key {key!r} is not usable", hint="use letters, digits, '.', '_', '/' and '-'")
         if len(value) > 255 or not value.isprintable():
             raise invalid(f"the value of label {key!r} is longer than 255 characters or not printable")
     return labels
 
 
-def _check_publish(nic: NicSpec) -> None:
-    seen: set[tuple[str, int, str]] = set()
+def _check_publish(nic: NicSpec, seen: set[tuple[str, int, str]]) -> None:
     for publish in nic.publish:
         if publish.protocol not in ("tcp", "udp"):
             raise invalid(f"cannot publish protocol {publish.protocol!r}", hint="use tcp or udp")
@@ -248,7 +247,7 @@ def _check_publish(nic: NicSpec) -> None:
             raise invalid(f"cannot publish {publish.host_port}:{publish.guest_port}", hint="ports are 1 to 65535")
         key = (publish.host_address, publish.host_port, publish.protocol)
         if publish.host_port and key in seen:
-            raise invalid(f"port {publish.host_port} is published twice on NIC {nic.name}")
+            raise invalid(f"port {publish.host_port} is published twice", hint=f"choose another one for NIC {nic.name}")
         seen.add(key)
 
 
@@ -259,11 +258,14 @@ def _check_disks(spec: VmSpec) -> None:
         check_name(disk.name, "disk name")
         if disk.size < MIN_DISK:
             raise invalid(f"disk {disk.name} of {format_size(disk.size)} is below {format_size(MIN_DISK)}")
+        if disk.limits.iops < 0 or disk.limits.bytes_per_s < 0:
+            raise invalid(f"disk {disk.name}: limits cannot be negative", hint="0 is no limit")
         if disk.size % 512:
             raise invalid(f"disk {disk.name}: {disk.size} bytes is not a multiple of 512", hint="round it up")
+    published: set[tuple[str, int, str]] = set()
     for nic in spec.nics:
         check_name(nic.name, "NIC name")
-        _check_publish(nic)
+        _check_publish(nic, published)
 
 
 def check_spec(spec: VmSpec) -> VmSpec:

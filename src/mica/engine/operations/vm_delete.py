@@ -14,7 +14,7 @@ from mica.engine.records import Draft
 from mica.engine.settle import moved, set_state
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
-from mica.model.transitions import LIVE, VmVerb
+from mica.model.transitions import VmVerb
 from mica.model.views import VmDelete, VmRestore
 from mica.model.vm import Power, Vm, VmState, check_name
 
@@ -33,12 +33,10 @@ def check_protection(vm: Vm) -> None:
 
 async def plan_delete(proposal: Proposal) -> None:
     assert proposal.vm is not None
-    assert proposal.status is not None
     assert isinstance(proposal.params, VmDelete)
     vm = proposal.vm.value
     check_protection(vm)
-    live = proposal.status.value.observed.state in LIVE
-    proposal.stored_params = {"was_live": live, "name": vm.name}
+    proposal.stored_params = {"name": vm.name}
     intent = replace(vm, intent=Power.STOPPED)
     proposal.draft.put(proposal.env.records.vms, vm.id, intent, proposal.vm.generation)
 
@@ -78,7 +76,7 @@ async def untrash(context: Context) -> None:
 
 def delete_steps(operation: Operation) -> Sequence[Step]:
     end = Step("trash", trash, untrash, cancellable=False)
-    return (*STOP, end) if operation.params.get("was_live") else (end,)
+    return (*STOP, end) if operation.params.get("force") else (end,)
 
 
 async def plan_restore(proposal: Proposal) -> None:
@@ -142,7 +140,7 @@ async def forget(context: Context) -> None:
 
 def purge_steps(operation: Operation) -> Sequence[Step]:
     end = (Step("empty", empty, undo_empty, cancellable=False), Step("forget", forget, cancellable=False))
-    return (*STOP, *end) if operation.params.get("was_live") else end
+    return (*STOP, *end) if operation.params.get("force") else end
 
 
 def result(context: Context) -> dict[str, Any]:
