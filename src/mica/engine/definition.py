@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
@@ -31,6 +32,28 @@ if TYPE_CHECKING:
     from mica.model.transitions import VmVerb
 
 T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` as plain JSON, for the journal. Raises :class:`TypeError` for what cannot be."""
+    return msgspec.to_builtins(value, enc_hook=_path_to_text)
+
+
+def from_plain(value: Any, type_: type[T]) -> T:
+    """The inverse of :func:`to_plain`."""
+    return msgspec.convert(value, type_, dec_hook=_text_to_path)
+
+
+def _path_to_text(value: Any) -> str:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in a journal")
+
+
+def _text_to_path(type_: type[Any], value: Any) -> Any:
+    if issubclass(type_, PurePath):
+        return type_(value)
+    raise TypeError(f"{type_.__name__} has no place in a journal")
 
 
 class NoParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,7 +138,7 @@ class Context:
 
     def output(self, step: str, type_: type[T]) -> T:
         """What an earlier step returned."""
-        return msgspec.convert(self.outputs[step], type_)
+        return from_plain(self.outputs[step], type_)
 
     def params(self, type_: type[T]) -> T:
         return msgspec.convert(self.operation.params, type_)

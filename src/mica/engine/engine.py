@@ -95,6 +95,10 @@ class Engine:
                 known.start()
         return known
 
+    def look_at_all(self) -> None:
+        for actor in self._vms.values():
+            actor.look()
+
     async def retire_idle(self) -> None:
         """Actors are cheap but not free: let those go that have no machine and nothing to do."""
         for vm_id, actor in list(self._vms.items()):

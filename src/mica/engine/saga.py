@@ -15,7 +15,7 @@ import structlog
 
 from mica.engine import journal as rule
 from mica.engine.deadline import within
-from mica.engine.definition import Context, Definition, Env, Step
+from mica.engine.definition import Context, Definition, Env, Step, to_plain
 from mica.engine.journal import Next
 from mica.model.errors import Code, MicaError, Problem
 from mica.model.operation import JournalEntry, Operation, OperationState, StepEvent
@@ -110,14 +110,14 @@ class Runner:
         # A step that is repeated after a crash writes "started" again: the journal shows that it was.
         await self._append(step.name, StepEvent.STARTED, durable=False, text=step.name)
         try:
-            output = await self._bounded(step)
+            output = to_plain(await self._bounded(step))
         except MicaError as error:
             await self._fail(step, error)
         except Exception as error:
             log.exception("step failed", operation=self._operation.id, verb=self._operation.verb, step=step.name)
             await self._fail(step, _internal(error))
         else:
-            await self._append(step.name, StepEvent.SUCCEEDED, output=msgspec.to_builtins(output), durable=False)
+            await self._append(step.name, StepEvent.SUCCEEDED, output=output, durable=False)
 
     async def _bounded(self, step: Step) -> Any:
         """``do`` with its deadline, ended early by a wish to cancel when the step allows that."""

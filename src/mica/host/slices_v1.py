@@ -96,7 +96,7 @@ class SlicesV1:
 
 
 def _paths(handle: dict[str, Any]) -> dict[str, Path]:
-    return {name: Path(path) for name, path in handle["paths"].items()}
+    return {name: Path(path) for name, path in handle.get("paths", {}).items()}
 
 
 def _directories(handle: dict[str, Any]) -> list[Path]:

@@ -76,5 +76,5 @@ def make_loops(env: Env, engine: Engine) -> list[Loop]:
         Loop("guests", lambda: guests.reconcile(env, engine), env.clock, 2.0, 0.5),
         Loop("trash", lambda: trash.reconcile(env, engine), env.clock, 60.0, 10.0),
         Loop("retention", lambda: retention.reconcile(env), env.clock, 600.0, 20.0),
-        Loop("actors", lambda: actors.reconcile(engine), env.clock, 60.0, 60.0),
+        Loop("actors", lambda: actors.reconcile(engine), env.clock, 30.0, 30.0),
     ]

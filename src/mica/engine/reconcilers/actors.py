@@ -1,4 +1,4 @@
-"""Actors without a machine and without work are let go."""
+"""Every machine is looked at now and then, in case an event was missed or a look failed; idle actors are let go."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ if TYPE_CHECKING:
 
 
 async def reconcile(engine: Engine) -> str:
+    engine.look_at_all()
     await engine.retire_idle()
     return ""
