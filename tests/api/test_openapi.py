@@ -48,3 +48,16 @@ def test_every_route_is_described_and_says_what_it_is_for(app: Litestar) -> None
 def test_the_shapes_that_clients_need_are_there(name: str) -> None:
     spec = json.loads(document())
     assert spec["components"]["schemas"][name]["properties"]
+
+
+def test_the_reference_lists_all_routes() -> None:
+    spec = json.loads(document())
+    expected = [
+        f"| `{method.upper()}` | `{path}` | {item[method]['summary']} |"
+        for path, item in sorted(spec["paths"].items())
+        for method in ("get", "post", "put", "patch", "delete")
+        if method in item
+    ]
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
+    found = [line for line in page.partition("## Routes")[2].splitlines() if line.startswith("| `")]
+    assert found == expected

@@ -11,7 +11,7 @@ from litestar.routes import HTTPRoute
 from mica.api.bodies import StrictRequest
 from mica.api.gate import Gate
 from mica.api.lifetime import Lifetime
-from mica.api.params import terms
+from mica.api.params import actor, terms
 from mica.api.problems import HANDLERS
 from mica.api.routes import console, events, host, images, operations, schema, vms
 from mica.model.errors import invalid
@@ -62,6 +62,7 @@ def _dependencies(engine: Facade | None, life: Lifetime) -> dict[str, Provide]:
     return {
         "engine": Provide(lambda: engine, sync_to_thread=False),
         "lifetime": Provide(lambda: life, sync_to_thread=False),
+        "actor": Provide(actor),
         "terms": Provide(terms),
     }
 

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 
 from mica.api.facade import Facade
-from mica.api.problems import body_of, encode
 from mica.model.errors import Code, MicaError, invalid
 from mica.model.views import Event
 
@@ -61,7 +60,7 @@ class EventStream:
             future.result()
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body. Ends only when closed, or when the engine raises: then with an event ``problem``."""
+        """The body. Ends when closed, and when the reader was too slow: coming back, it is told so by 410."""
         try:
             yield b"retry: %d\nid: %d\n\n" % (_RECONNECT_MS, self._revision)
             while True:
@@ -73,7 +72,8 @@ class EventStream:
                 future, self._next = self._next, None
                 yield format_event(future.result())
         except MicaError as error:
-            yield b"event: problem\ndata: %s\n\n" % encode(body_of(error))
+            if error.code is not Code.GONE:
+                raise
         finally:
             await self.close()
 

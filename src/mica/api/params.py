@@ -33,6 +33,13 @@ class Terms(msgspec.Struct, frozen=True):
 
 
 TermsDep = NamedDependency[SkipValidation[Terms]]
+ActorDep = NamedDependency[SkipValidation[Actor]]
+
+
+async def actor(request: Request[Any, Any, Any]) -> Actor:
+    """Who asks, as the door found out."""
+    found: Actor = request.scope["state"]["actor"]
+    return found
 
 
 async def terms(

@@ -38,6 +38,16 @@ async def first(main: Coroutine[Any, Any, T], *ends: Coroutine[Any, Any, object]
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Run all until all have ended; the first that raises ends the others, and that is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for coroutine in coroutines:
+                group.create_task(coroutine)
+    except BaseExceptionGroup as error:
+        raise error.exceptions[0] from None
+
+
 def _settled(operation: Operation) -> bool:
     return operation.state.ended or operation.state is OperationState.STUCK
 

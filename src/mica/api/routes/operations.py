@@ -8,7 +8,7 @@ from litestar import get, post
 from litestar.params import JSONBody, PathParameter, QueryParameter
 
 from mica.api.lifetime import LifetimeDep
-from mica.api.params import After, EngineDep, Limit, TermsDep, Wait
+from mica.api.params import ActorDep, After, EngineDep, Limit, Wait
 from mica.api.waiting import operation_ended
 from mica.engine.definition import NoParams
 from mica.model.operation import Operation
@@ -36,13 +36,13 @@ async def show(engine: EngineDep, lifetime: LifetimeDep, operation: Id, wait: Wa
 
 
 @post(f"{OPERATION}/cancel", status_code=200, summary="Ask an operation to stop", operation_id="operation_cancel")
-async def cancel(engine: EngineDep, terms: TermsDep, operation: Id, data: JSONBody[NoParams] = NOTHING) -> Operation:
-    return await engine.cancel(operation, by=terms.by)
+async def cancel(engine: EngineDep, actor: ActorDep, operation: Id, data: JSONBody[NoParams] = NOTHING) -> Operation:
+    return await engine.cancel(operation, by=actor)
 
 
 @post(f"{OPERATION}/resolve", status_code=200, summary="Decide a stuck operation", operation_id="operation_resolve")
-async def resolve(engine: EngineDep, terms: TermsDep, operation: Id, data: JSONBody[Resolve]) -> Operation:
-    return await engine.resolve(operation, data.how, by=terms.by)
+async def resolve(engine: EngineDep, actor: ActorDep, operation: Id, data: JSONBody[Resolve]) -> Operation:
+    return await engine.resolve(operation, data.how, by=actor)
 
 
 HANDLERS = [list_operations, show, cancel, resolve]
