@@ -16,8 +16,11 @@ import pytest
 
 from mica.host.doctor import CHECKS, Examination, Probes, examine
 from mica.host.doctor_fix import Fixes, read_family
+from mica.host.facts import own_groups
+from mica.host.slices import HostSlices, NoSlices, detect
 from mica.model.doctor import AcceleratorProof, AcceleratorStep, DoctorReport, Finding, Status
 from mica.model.errors import Code, MicaError
+from mica.ports.slices import SliceLimits
 
 _MEMINFO = "MemTotal: 8388608 kB\nMemAvailable: 6291456 kB\n"
 
@@ -79,6 +82,7 @@ class FakeHost:
             "network": FakeNetwork(),
         }
         self.firmware: FakeFirmware | None = None
+        self.slices: HostSlices | None = None
         self.check_timeout_s = 20.0
         for name in ("home", "shm", "etc", "sys"):
             (root / name).mkdir()
@@ -114,6 +118,7 @@ class FakeHost:
             jail=_answers(self.answers["jail"]),
             network=_answers(self.answers["network"]),
             firmware=lambda: self.firmware,
+            slices=self.slices,
         )
         values: dict[str, Any] = {
             "home": self.root / "home/mica",
@@ -406,6 +411,46 @@ async def test_systemd_makes_scopes_and_delegation_is_looked_at(user: FakeHost) 
     assert "systemd-run: Failed to connect to bus" in (await user.finding("cgroups")).proof
 
 
+class FakeSlices(NoSlices, frozen=True):
+    """Groups that are made and removed, as far as ``lacks`` and ``fails`` let them."""
+
+    made: list[str] = msgspec.field(default_factory=list)
+    lacks: tuple[str, ...] = ()
+    fails: str = ""
+
+    @property
+    def reduced(self) -> tuple[str, ...]:
+        return self.lacks
+
+    async def create(self, vm_id: str, limits: SliceLimits) -> dict[str, Any]:
+        assert limits.cpus
+        assert limits.memory
+        if self.fails:
+            raise OSError(28, self.fails)
+        self.made.append(vm_id)
+        return {"id": vm_id}
+
+    async def remove(self, handle: dict[str, Any]) -> None:
+        if handle:
+            self.made.remove(handle["id"])
+
+
+async def test_the_groups_that_the_daemon_uses_are_tried(host: FakeHost) -> None:
+    good = FakeSlices("unit mica-vms.service, delegated by systemd")
+    host.slices = good
+    found = await host.finding("cgroups")
+    assert (found.status, good.made) == (Status.OK, [])
+    assert found.proof.startswith("unit mica-vms.service")
+    host.slices = FakeSlices("v2", lacks=("CPU time of VMs is not limited",))
+    found = await host.finding("cgroups")
+    assert (found.status, found.costs) == (Status.DEGRADED, "CPU time of VMs is not limited")
+    host.slices = FakeSlices("v2", fails="No space left on device")
+    assert "No space left on device" in (await host.finding("cgroups")).proof
+    host.slices = NoSlices("no control groups are mounted", "mount them")
+    found = await host.finding("cgroups")
+    assert (found.status, found.fix_note) == (Status.DEGRADED, "mount them")
+
+
 async def test_lingering(user: FakeHost) -> None:
     assert (await user.finding("linger")).status is Status.OK
     (user.root / "run/systemd/system").mkdir(parents=True)
@@ -469,11 +514,11 @@ def _leftovers(directories: Sequence[Path]) -> list[Path]:
 @pytest.mark.guest
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64", path="/usr/bin:/bin") is None, reason="QEMU is not installed")
 async def test_this_host_is_examined_for_real_and_nothing_is_left(tmp_path: Path) -> None:
+    from mica.qemu import jail
     from mica.qemu.accelerators.platforms import ProverContext, provers
     from mica.qemu.accelerators.prover import Accelerators
     from mica.qemu.discover import Qemu
     from mica.qemu.discover_firmware import best_uefi
-    from mica.qemu.jail import detect
 
     qemu = Qemu(path="/usr/bin:/bin", cache=tmp_path)
 
@@ -485,7 +530,7 @@ async def test_this_host_is_examined_for_real_and_nothing_is_left(tmp_path: Path
     probes = Probes(
         qemu=qemu.build,
         accelerators=prove,
-        jail=lambda: detect(root=os.getuid() == 0),
+        jail=lambda: jail.detect(root=os.getuid() == 0),
         network=_answers(FakeNetwork()),
         firmware=best_uefi,
     )
@@ -509,3 +554,22 @@ async def test_this_host_is_examined_for_real_and_nothing_is_left(tmp_path: Path
     assert not (tmp_path / "home").exists(), "it looks, and makes nothing"
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert not [pid for pid in children if "qemu" in Path(f"/proc/{pid}/comm").read_text()]
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.getuid() != 0, reason="only root makes groups anywhere")
+@pytest.mark.skipif(Path("/run/systemd/system").exists(), reason="would start a unit of systemd's")
+async def test_a_real_group_is_made_and_removed(host: FakeHost) -> None:
+    prefix = f"mica-doctor-test-{os.getpid()}"
+    mounts = {group.mount for group in own_groups().values()}
+    try:
+        host.slices = await detect(root=True, prefix=prefix)
+        if isinstance(host.slices, NoSlices):
+            pytest.skip(f"no control groups here: {host.slices.reason}")
+        found = await host.finding("cgroups")
+        assert found.status is (Status.DEGRADED if host.slices.reduced else Status.OK), found
+        assert host.slices.present() == {}
+    finally:
+        for mount in mounts:
+            if (mount / prefix).is_dir():
+                (mount / prefix).rmdir()

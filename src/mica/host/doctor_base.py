@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from mica.host.doctor_fix import Fixes
+from mica.host.slices import HostSlices
 from mica.model.doctor import AcceleratorProof, Finding, HostFacts
 from mica.model.errors import MicaError
 
@@ -69,7 +70,8 @@ class FirmwareView(Protocol):
 class Probes(msgspec.Struct, frozen=True, kw_only=True):
     """How the other rooms are asked. Each raises :class:`MicaError` where the host lacks something.
 
-    ``accelerators`` takes whether to run the guests again.
+    ``accelerators`` takes whether to run the guests again. ``slices`` are the control groups that this daemon has
+    found and uses; where they are not given, the doctor looks for what a daemon could use.
     """
 
     qemu: Callable[[], Awaitable[QemuView]]
@@ -77,6 +79,7 @@ class Probes(msgspec.Struct, frozen=True, kw_only=True):
     jail: Callable[[], Awaitable[JailView]]
     network: Callable[[], Awaitable[NetworkView]]
     firmware: Callable[[], FirmwareView | None]
+    slices: HostSlices | None = None
 
 
 class Examination(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,21 +9,29 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mica.host.doctor_base import Patient
 from mica.host.facts import Group, own_groups
 from mica.host.programs import ask
+from mica.host.slices import HostSlices, NoSlices
 from mica.model.doctor import Finding, Status
 from mica.model.errors import MicaError
+from mica.model.units import MIB, Bytes
+from mica.ports.slices import SliceLimits
 
 _CONTROLLERS = ("cpu", "memory")
 _TIMEOUT_S = 15.0
+_TRIAL_MEMORY = Bytes(256 * MIB)
 _TITLE = "Control groups"
 _COSTS = "VMs cannot be kept to the processors and the memory that they were given"
 
 
 async def cgroups(patient: Patient) -> Sequence[Finding]:
-    """The first kind that works: systemd scopes, a delegated version 2 group, version 1 groups."""
+    """The groups that the daemon uses, or the first kind that works: systemd scopes, version 2, version 1."""
+    used = patient.examination.probes.slices
+    if used is not None:
+        return [await _used(patient, used)]
     groups = own_groups(patient.root)
     failures: list[str] = []
     if (patient.root / "run/systemd/system").is_dir():
@@ -58,6 +66,33 @@ async def cgroups(patient: Patient) -> Sequence[Finding]:
             fix_note=note,
         )
     ]
+
+
+async def _used(patient: Patient, slices: HostSlices) -> Finding:
+    """Make a group with both limits the way VMs get theirs, and remove it."""
+    trial = f"doctor-{os.getpid()}"
+    handle: dict[str, Any] = {}
+    failure = ""
+    try:
+        handle = await slices.create(trial, SliceLimits(cpus=1.0, memory=_TRIAL_MEMORY))
+    except (MicaError, OSError) as error:
+        failure = f"; a group could not be made: {error}"
+    finally:
+        await slices.remove(handle)
+    if handle and not slices.reduced:
+        return _ok(f"{slices.proof}: a group with limits on processors and memory was made and removed")
+    fix, note = _fix(patient)
+    if isinstance(slices, NoSlices) and slices.hint and not fix:
+        note = slices.hint
+    return Finding(
+        id="cgroups",
+        title=_TITLE,
+        status=Status.DEGRADED,
+        proof=f"{slices.proof}{failure}",
+        costs="; ".join(slices.reduced) or _COSTS,
+        fix=fix,
+        fix_note=note,
+    )
 
 
 def _ok(proof: str) -> Finding:
