@@ -64,7 +64,7 @@ def _costs(proof: AcceleratorProof, working: Sequence[str]) -> str:
     if not working:
         return "no virtual machine can run"
     if working[0] == "tcg":
-        return f"guests run in {_EMULATED}: every instruction is translated, some ten times slower than the processor"
+        return f"guests run in {_EMULATED}: each instruction is translated, many times slower than on the processor"
     return f"nothing while {working[0]} works"
 
 
