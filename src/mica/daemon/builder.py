@@ -25,7 +25,7 @@ from mica.qemu.accelerators.platforms import ProverContext, provers
 from mica.qemu.accelerators.prover import Accelerators
 from mica.qemu.command_line import QemuHost
 from mica.qemu.discover import BINARY, Qemu, write_atomically
-from mica.qemu.discover_firmware import find_uefi
+from mica.qemu.discover_firmware import best_uefi
 from mica.qemu.hypervisor import QemuHypervisor, can_direct_io
 from mica.qemu.jail import Jail, JailUsers, detect
 from mica.storage.directory import DirectoryVolumes
@@ -49,8 +49,7 @@ class Builder:
         self.clock = SystemClock()
         self.cache = settings.home / "cache"
         self.qemu = Qemu(path=settings.path, cache=self.cache, binary=settings.qemu or BINARY)
-        found = find_uefi()
-        self.firmware = found[0] if found else None
+        self.firmware = best_uefi()
 
     async def accelerators(self) -> Accelerators:
         build = await self.qemu.build()
@@ -100,7 +99,7 @@ class Builder:
         qemu_img = shutil.which("qemu-img", path=self.settings.path) or ""
         return DirectoryVolumes(home / "volumes", qemu_img, template, bases=(home / "images",))
 
-    async def doctor(self, fresh: bool) -> DoctorReport:
+    async def doctor(self, share: HostSlices, fresh: bool) -> DoctorReport:
         """Examine the host now."""
         s = self.settings
 
@@ -113,6 +112,7 @@ class Builder:
             jail=lambda: detect(root=self.root, off=s.jail_off),
             network=self.find_passt,
             firmware=lambda: self.firmware,
+            slices=share,
         )
         return await examine(
             Examination(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import grp
 import os
 import secrets
@@ -66,7 +67,7 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
             hypervisor=hypervisor,
             consoles=consoles,
             settings=settings,
-            doctor=builder.doctor,
+            doctor=functools.partial(builder.doctor, share),
             started_at=builder.clock.now(),
         )
         yield await stack.enter_async_context(_server(settings, service, logger))
