@@ -6,7 +6,6 @@ called. It refuses what the engine refuses, with the same codes, as far as the A
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -34,32 +33,26 @@ from mica.model.views import (
     VmView,
 )
 from mica.model.vm import Power, VmObserved, VmSpec, VmState, check_labels, check_name, check_spec
+from tests.api.fake_guests import NOW, FakeGuests
 
 replace = msgspec.structs.replace
-NOW = 1_700_000_000.0
 MAKER = Actor("root", "unix:uid=0")
 
 
-class FakeEngine:
+class FakeEngine(FakeGuests):
     """See the module. ``oldest`` is the first revision from which events are kept."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.now = 1
         self.oldest = 0
         self.past: list[Event] = []
-        self.happened = asyncio.Condition()
         self.listeners = 0
-        self.machines: dict[str, VmView] = {}
         self.jobs: dict[str, Operation] = {}
         self.kept_images: dict[str, ImageView] = {}
         self.keys: dict[str, tuple[str, bytes]] = {}
         self.submitted: list[tuple[str, str, msgspec.Struct, Actor, int | None, str]] = []
         self.doctored: list[bool] = []
-        self.fail: Exception | None = None
-        self.serial: dict[str, bytearray] = {}
-        self.typed: dict[str, bytearray] = {}
-        self.kept_from = 0
-        self.watchers = 0
 
     # -- what happens ------------------------------------------------------------------------------------------
 
@@ -283,57 +276,7 @@ class FakeEngine:
         view = await self.image(target)
         return view.image.digest, view.image.name
 
-    # -- consoles ----------------------------------------------------------------------------------------------
-
-    async def console_follow(self, vm: str, offset: int | None) -> AsyncIterator[tuple[int, bytes]]:
-        """History is kept from ``kept_from`` on; a reader that asks for more gets what there is."""
-        history = self.serial.setdefault((await self.vm(vm)).id, bytearray())
-        at = max(self.kept_from, len(history) - 65536 if offset is None else offset)
-        if at > len(history):
-            raise invalid(f"offset {at} is beyond the end, {len(history)}")
-        self.watchers += 1
-        try:
-            while True:
-                while at < len(history):
-                    piece = bytes(history[at : at + 4096])
-                    yield at, piece
-                    at += len(piece)
-                async with self.happened:
-                    while at >= len(history):
-                        await self.happened.wait()
-        finally:
-            self.watchers -= 1
-
-    async def console_write(self, vm: str, data: bytes) -> None:
-        """The guest echoes, in capitals."""
-        view = await self.vm(vm)
-        if view.observed.state is not VmState.RUNNING:
-            raise MicaError(Code.STATE_CONFLICT, f"VM {view.name} does not run", hint="start it")
-        self.typed.setdefault(view.id, bytearray()).extend(data)
-        await self.print(view.id, data.upper())
-
-    async def print(self, vm_id: str, data: bytes) -> None:
-        self.serial.setdefault(vm_id, bytearray()).extend(data)
-        async with self.happened:
-            self.happened.notify_all()
-
-    async def log_of(self, vm: str, which: str) -> bytes:
-        view = await self.vm(vm)
-        return bytes(self.serial.get(view.id, b"")) if which == "console" else b"qemu says nothing\n"
-
-    async def log(self, vm: str, which: str, tail: int) -> bytes:
-        text = await self.log_of(vm, which)
-        return text[max(0, len(text) - tail) :]
-
     # -- reads -------------------------------------------------------------------------------------------------
-
-    async def vm(self, ref: str) -> VmView:
-        if self.fail is not None:
-            raise self.fail
-        for view in self.machines.values():
-            if ref in (view.id, view.name) or (len(ref) >= 8 and view.id.startswith(ref)):
-                return view
-        raise not_found("VM", ref, hint="`mica vm list` shows them all")
 
     async def vms(
         self, *, after: str = "", limit: int = 100, trashed: bool = False, labels: dict[str, str] | None = None

@@ -13,7 +13,7 @@ from mica.api.gate import Gate
 from mica.api.lifetime import Lifetime
 from mica.api.params import actor, terms
 from mica.api.problems import HANDLERS
-from mica.api.routes import console, events, host, images, operations, schema, vms
+from mica.api.routes import console, events, execs, host, images, operations, schema, vms
 from mica.model.errors import invalid
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ ROUTES: list[ControllerRouterHandler] = [
     *operations.HANDLERS,
     *images.HANDLERS,
     *events.HANDLERS,
+    *execs.HANDLERS,
     *console.HANDLERS,
 ]
 

@@ -5,12 +5,13 @@ Every method raises :class:`mica.model.errors.MicaError` and nothing else that a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable
+from typing import Literal, Protocol
 
 import msgspec
 
 from mica.model.doctor import DoctorReport
+from mica.model.exec import ExecRecord, ExecSpec
 from mica.model.operation import Actor, Operation
 from mica.model.views import Event, HostView, ImagePage, ImageView, OperationPage, VmPage, VmView
 
@@ -81,5 +82,37 @@ class Consoles(Protocol):
         """The last ``tail`` bytes of ``console`` or ``qemu``."""
 
 
-class Facade(Verbs, Reads, Changes, Consoles, Protocol):
+class Execs(Protocol):
+    """Commands in guests. Their output is kept, and read by offset."""
+
+    async def exec_start(self, vm: str, spec: ExecSpec, *, by: Actor) -> ExecRecord: ...
+
+    async def execs(self, vm: str) -> list[ExecRecord]: ...
+
+    async def exec_state(self, vm: str, exec_id: str) -> ExecRecord: ...
+
+    async def exec_wait(self, vm: str, exec_id: str) -> ExecRecord:
+        """The command once it has ended."""
+
+    def exec_follow(
+        self, vm: str, exec_id: str, stream: Literal["stdout", "stderr"], offset: int
+    ) -> AsyncIterator[bytes]:
+        """Output from ``offset`` on; ends when the command has ended and all is delivered."""
+
+    async def exec_stdin(self, vm: str, exec_id: str, data: bytes | None) -> None:
+        """Returns when the command's input has room again. ``None`` closes it."""
+
+    async def exec_kill(self, vm: str, exec_id: str, signal: int) -> None: ...
+
+
+class Files(Protocol):
+    """Tar streams in and out of guests."""
+
+    def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> Awaitable[msgspec.Struct]:
+        """Unpack into the directory ``dest``; what was copied."""
+
+    def copy_out(self, vm: str, path: str, *, by: Actor) -> AsyncIterator[bytes]: ...
+
+
+class Facade(Verbs, Reads, Changes, Consoles, Execs, Protocol):
     """The engine as the API sees it."""
