@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import tarfile
 from collections.abc import AsyncIterator
 from typing import Literal
 
@@ -31,6 +33,9 @@ class FakeGuests:
         self.commands: dict[str, ExecRecord] = {}
         self.output: dict[str, dict[str, bytearray]] = {}
         self.watchers = 0
+        self.files: dict[str, bytes] = {}
+        self.copied_by: list[str] = []
+        self.break_after: int | None = None
 
     async def vm(self, ref: str) -> VmView:
         if self.fail is not None:
@@ -178,3 +183,48 @@ class FakeGuests:
             raise MicaError(Code.STATE_CONFLICT, f"exec {exec_id} has ended")
         self.commands[exec_id] = replace(record, signal=signal)
         await self.end(exec_id, 128 + signal, ExecState.KILLED)
+
+    # -- files -------------------------------------------------------------------------------------------------
+
+    async def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> dict[str, int]:
+        await self.vm(vm)
+        if not dest.startswith("/"):
+            raise invalid(f"{dest!r} is no absolute path", hint="begin it with /")
+        self.copied_by.append(by.source)
+        archive = io.BytesIO()
+        async for chunk in tar:
+            archive.write(chunk)
+        archive.seek(0)
+        found = {}
+        try:
+            with tarfile.open(fileobj=archive) as opened:
+                for member in opened:
+                    content = opened.extractfile(member)
+                    if content is not None:
+                        found[f"{dest}/{member.name}"] = content.read()
+        except tarfile.TarError as error:
+            raise MicaError(Code.CORRUPT, f"what came is no tar archive: {error}") from None
+        self.files.update(found)
+        return {"files": len(found), "bytes": sum(map(len, found.values()))}
+
+    async def copy_out(self, vm: str, path: str, *, by: Actor) -> AsyncIterator[bytes]:
+        """Breaks off with an error after ``break_after`` chunks."""
+        await self.vm(vm)
+        found = {name: data for name, data in self.files.items() if name == path or name.startswith(f"{path}/")}
+        if not found:
+            raise not_found("file", path)
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as opened:
+            for name, data in found.items():
+                entry = tarfile.TarInfo(name.lstrip("/"))
+                entry.size = len(data)
+                opened.addfile(entry, io.BytesIO(data))
+        self.watchers += 1
+        try:
+            whole = archive.getvalue()
+            for number, start in enumerate(range(0, len(whole), 65536)):
+                if number == self.break_after:
+                    raise MicaError(Code.AGENT_FAILED, "the agent broke off")
+                yield whole[start : start + 65536]
+        finally:
+            self.watchers -= 1

@@ -58,6 +58,11 @@ class Fresh:
         await self.app(scope, receive, send)
 
 
+@schemathesis.serializer("application/x-tar")
+def _tar(_context: Any, value: Any) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode(errors="replace")
+
+
 schema = schemathesis.openapi.from_asgi("/v1/openapi.json", Fresh())
 
 

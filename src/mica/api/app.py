@@ -13,7 +13,7 @@ from mica.api.gate import Gate
 from mica.api.lifetime import Lifetime
 from mica.api.params import actor, terms
 from mica.api.problems import HANDLERS
-from mica.api.routes import console, events, execs, host, images, operations, schema, vms
+from mica.api.routes import console, events, execs, files, host, images, operations, schema, vms
 from mica.model.errors import invalid
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ ROUTES: list[ControllerRouterHandler] = [
     *images.HANDLERS,
     *events.HANDLERS,
     *execs.HANDLERS,
+    *files.HANDLERS,
     *console.HANDLERS,
 ]
 

@@ -6,7 +6,7 @@ Every method raises :class:`mica.model.errors.MicaError` and nothing else that a
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -108,11 +108,12 @@ class Execs(Protocol):
 class Files(Protocol):
     """Tar streams in and out of guests."""
 
-    def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> Awaitable[msgspec.Struct]:
-        """Unpack into the directory ``dest``; what was copied."""
+    def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> Awaitable[Any]:
+        """Unpack into the directory ``dest``; returns a summary of what was copied, as plain JSON or a struct."""
 
-    def copy_out(self, vm: str, path: str, *, by: Actor) -> AsyncIterator[bytes]: ...
+    def copy_out(self, vm: str, path: str, *, by: Actor) -> AsyncIterator[bytes]:
+        """A refusal is raised before the first chunk."""
 
 
-class Facade(Verbs, Reads, Changes, Consoles, Execs, Protocol):
+class Facade(Verbs, Reads, Changes, Consoles, Execs, Files, Protocol):
     """The engine as the API sees it."""
