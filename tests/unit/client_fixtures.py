@@ -70,7 +70,7 @@ class Served:
         log = structlog.wrap_logger(None, processors=[_quiet])
         app = create_app(
             self.engine, access=Access(uid=os.geteuid(), group="", token="t0ken"), log=log, lifetime=lifetime
-        )  # type: ignore[arg-type]
+        )
         async with ApiServer(app, lifetime, unix=self.socket):
             up.set()
             await self._stop.wait()

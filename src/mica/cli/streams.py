@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import stat
 import termios
 import tty
@@ -36,20 +37,24 @@ async def chunks(fd: int) -> AsyncIterator[bytes]:
             # Others must get their turn between the chunks of a large file.
             await asyncio.sleep(0)
         return
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
     try:
         while True:
             await ready.wait()
+            ready.clear()
+            # The loop may tell of the same bytes twice, and a read without any would block.
+            if not poller.poll(0):
+                continue
             try:
                 data = os.read(fd, _CHUNK)
             except BlockingIOError:
-                ready.clear()
                 continue
             except OSError:  # EIO: the terminal has gone
                 return
             if not data:
                 return
             yield data
-            ready.clear()
     finally:
         loop.remove_reader(fd)
 

@@ -10,6 +10,7 @@ from mica.cli.context import Context
 from mica.cli.options import DEFAULTS, Flag, Hidden, Options, VmArg
 from mica.cli.streams import EscapeKeys, chunks, raw_terminal
 from mica.client.console import Console
+from mica.client.together import alongside
 from mica.model.errors import invalid
 
 HELP = "Ctrl-] q leaves, Ctrl-] Ctrl-] sends Ctrl-], Ctrl-] ? shows this"
@@ -58,28 +59,28 @@ async def _talk(ctx: Context, serial: Console, fd: int | None, *, terminal: bool
         async for data in serial:
             ctx.world.write_bytes(data)
 
-    async def type_() -> None:
-        assert fd is not None
-        if terminal:
-            await _type_keys(ctx, serial, fd)
-        else:
-            async for data in chunks(fd):
-                await serial.write(data)
-            # What the guest answers is still to come.
-            await asyncio.Event().wait()
+    if fd is None:
+        await show()
+    elif terminal:
+        # Whoever leaves first, the user or the daemon, ends both.
+        typing = asyncio.ensure_future(_type_keys(ctx, serial, fd))
+        showing = asyncio.ensure_future(show())
+        try:
+            await asyncio.wait([typing, showing], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (typing, showing):
+                task.cancel()
+            outcomes = await asyncio.gather(typing, showing, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+    else:
+        await alongside(show(), _type_all(serial, fd))
 
-    showing = asyncio.ensure_future(show())
-    typing = asyncio.ensure_future(type_()) if fd is not None else None
-    tasks = [showing] if typing is None else [showing, typing]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+
+async def _type_all(serial: Console, fd: int) -> None:
+    async for data in chunks(fd):
+        await serial.write(data)
 
 
 async def _type_keys(ctx: Context, serial: Console, fd: int) -> None:

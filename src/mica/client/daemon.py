@@ -23,7 +23,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,10 +149,12 @@ async def ensure(
     *,
     announce: Callable[[str], None],
     timeout_s: float = START_TIMEOUT_S,
+    argv: Sequence[str] = (),
 ) -> int | None:
     """Make sure that a daemon runs; return its pid if this call started it.
 
     Any number of callers may race: one starts it, the others find it running. ``announce`` is told what is done.
+    ``argv`` is what to start instead of :func:`command`.
     Raises ``daemon-unreachable`` (it died or did not answer in ``timeout_s`` seconds) and ``forbidden``.
     """
     if not place.ours:
@@ -173,7 +175,7 @@ async def ensure(
         if await answers(place):
             return None
         announce(f"starting a daemon for {place.home}")
-        pid = _spawn(place, environ)
+        pid = _spawn(place, environ, argv or command(place.home))
         await _wait_started(place, pid, deadline, timeout_s)
         note = logout_note(place)
         announce(f"it stays until: mica daemon stop; it logs to {place.log}" + (f"; {note}" if note else ""))
@@ -213,16 +215,15 @@ def command(home: Path, *extra: str) -> list[str]:
     return [sys.executable, "-P", "-m", "mica.daemon", "--home", str(home), *extra]
 
 
-def _spawn(place: Place, environ: Mapping[str, str]) -> int:
+def _spawn(place: Place, environ: Mapping[str, str], argv: Sequence[str]) -> int:
     """Start the daemon in a session of its own; its pid. Not through asyncio, which kills its children at its end."""
     with contextlib.suppress(FileNotFoundError):
         if place.log.stat().st_size > _LOG_LIMIT:
             place.log.replace(place.log.with_name(LOG_NAME + ".1"))
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    argv = command(place.home)
     return os.posix_spawn(
         argv[0],
-        argv,
+        list(argv),
         dict(environ),
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,7 +17,6 @@ from mica.model.vm import VmState
 if TYPE_CHECKING:
     from mica.client.console import Console
     from mica.client.execs import ExecResult, ExecStream, Stdin
-    from mica.client.files import CopyReport, OnCopied
 
 
 class VmHandle:
@@ -134,3 +132,40 @@ class VmHandle:
         from mica.client.console import Console
 
         return Console(self._vms.transport, self.id, offset)
+
+    async def exec(
+        self,
+        *argv: str,
+        stdin: Stdin = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        timeout_s: float | None = None,
+        check: bool = True,
+    ) -> ExecResult:
+        """Run a command in the guest to its end; ``str()`` of the result is what it printed.
+
+        No shell is involved. ``stdin`` is text, bytes, or an asynchronous iterable of bytes; ``user`` is the guest's
+        (root by default), ``timeout_s`` ends it after so many seconds. Raises ``command-failed`` when ``check`` and its
+        exit status is not 0, ``timeout``, ``agent-unavailable``, ``too-large`` (more than 64 MiB of output).
+        """
+        from mica.client import execs
+
+        stream = self.exec_stream(*argv, stdin=stdin is not None, env=env, user=user, cwd=cwd, timeout_s=timeout_s)
+        result = await execs.run(stream, stdin)
+        return result.check() if check else result
+
+    def exec_stream(
+        self,
+        *argv: str,
+        stdin: bool = False,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+        timeout_s: float | None = None,
+    ) -> ExecStream:
+        """Run a command and read it live: ``async with`` it. With ``stdin`` it is fed by ``write``."""
+        from mica.client import execs
+
+        spec = execs.make_spec(argv, stdin=stdin, env=env, user=user, cwd=cwd, timeout_s=timeout_s)
+        return execs.ExecStream(self._vms.transport, self.id, spec)
