@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from mica.images.files import shielded
 from mica.model.errors import Code, MicaError
 
 Line = Callable[[str], None]
@@ -102,41 +103,41 @@ class Commands:
         up, then SIGKILL with its process group. Raises :class:`CommandError` for a status not in ``accept``,
         ``timeout``, ``host-lacks``.
         """
-        words: deque[str] = deque(maxlen=_LAST_LINES)
-        plain_file = stdout is not None and not callable(stdout)
-        process = await asyncio.create_subprocess_exec(
-            # A program whose starter was killed ends too, and cleans up after itself.
-            *(self.find("setpriv"), "--pdeathsig", "TERM", self.find(argv[0])),
+        loop = asyncio.get_running_loop()
+        program = self.find(argv[0])
+        # A program whose starter was killed ends too, and cleans up after itself.
+        starter = (self.find("setpriv"), "--pdeathsig", "TERM", "--", program)
+        transport, output = await loop.subprocess_exec(
+            lambda: _Output(stdout if callable(stdout) else None, stderr),
+            *starter,
             *argv[1:],
             stdin=stdin if stdin is not None else asyncio.subprocess.DEVNULL,
-            stdout=stdout if plain_file else asyncio.subprocess.PIPE,  # type: ignore[arg-type]
+            stdout=asyncio.subprocess.PIPE if stdout is None or callable(stdout) else stdout,
             stderr=asyncio.subprocess.PIPE,
             cwd=cwd,
             env={**self._environment, **(environment or {})},
             start_new_session=True,
         )
         try:
-            async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as readers:
-                if process.stdout is not None:
-                    readers.create_task(_lines(process.stdout, stdout if callable(stdout) else None, None))
-                assert process.stderr is not None
-                readers.create_task(_lines(process.stderr, stderr, words))
-                await process.wait()
-                # A straggler would hold the pipes open, and the readers with them.
-                _signal_group(process.pid, signal.SIGKILL)
+            async with asyncio.timeout(timeout_s):
+                await output.exited.wait()
+                # A straggler would hold the pipes open.
+                _signal_group(transport.get_pid(), signal.SIGKILL)
+                await output.closed.wait()
         except TimeoutError as error:
             raise MicaError(
                 Code.TIMEOUT,
-                f"{argv[0]} did not end within {timeout_s:g} s; last words: {'; '.join(words) or 'none'}",
+                f"{argv[0]} did not end within {timeout_s:g} s; last words: {'; '.join(output.words) or 'none'}",
                 hint="look at the load of this host and at its network, then try again",
                 retryable=True,
             ) from error
         finally:
-            await _end(process)
-        assert process.returncode is not None
-        if process.returncode not in accept:
-            raise CommandError(argv[0], process.returncode, list(words))
-        return process.returncode
+            await shielded(_end(transport, output))
+        status = transport.get_returncode()
+        assert status is not None
+        if status not in accept:
+            raise CommandError(argv[0], status, list(output.words))
+        return status
 
     async def output(self, argv: Sequence[str], *, timeout_s: float, cwd: Path | None = None) -> str:
         """What a program writes to its standard output (a few lines; longer lines are cut)."""
@@ -145,50 +146,55 @@ class Commands:
         return "\n".join(lines)
 
 
-async def _lines(stream: asyncio.StreamReader, see: Line | None, keep: deque[str] | None) -> None:
-    """Hand over lines (ended by a newline or, as progress bars do, by a carriage return), cut to a bound."""
-    rest = b""
-    while chunk := await stream.read(65536):
-        *whole, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
-        rest = rest[:_LINE_LIMIT]
-        for raw in whole:
-            _hand_over(raw, see, keep)
-    _hand_over(rest, see, keep)
+class _Output(asyncio.SubprocessProtocol):
+    """Hands over lines, ended by a newline or, as progress bars do, by a carriage return, and cut to a bound."""
+
+    def __init__(self, stdout: Line | None, stderr: Line | None) -> None:
+        self.words: deque[str] = deque(maxlen=_LAST_LINES)
+        self.exited = asyncio.Event()
+        self.closed = asyncio.Event()
+        self._see = {1: stdout, 2: stderr}
+        self._rest = {1: b"", 2: b""}
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        *whole, rest = (self._rest[fd] + data).replace(b"\r", b"\n").split(b"\n")
+        self._rest[fd] = rest[:_LINE_LIMIT]
+        for line in whole:
+            self._hand_over(fd, line)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        self._hand_over(fd, self._rest.pop(fd, b""))
+
+    def process_exited(self) -> None:
+        self.exited.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The process has ended and its pipes are closed."""
+        self.closed.set()
+
+    def _hand_over(self, fd: int, raw: bytes) -> None:
+        line = raw[:_LINE_LIMIT].decode(errors="replace").rstrip()
+        if line:
+            if fd == 2:
+                self.words.append(line)
+            see = self._see[fd]
+            if see is not None:
+                see(line)
 
 
-def _hand_over(raw: bytes, see: Line | None, keep: deque[str] | None) -> None:
-    line = raw[:_LINE_LIMIT].decode(errors="replace").rstrip()
-    if not line:
-        return
-    if keep is not None:
-        keep.append(line)
-    if see is not None:
-        see(line)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Make sure that the process and its group are gone, also when the caller is being cancelled."""
-    if process.returncode is not None:
-        return
-    waiter = asyncio.ensure_future(_terminate(process))
-    while not waiter.done():
-        # A second cancellation must not leave the program running; _terminate has its own deadline.
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(waiter)
-    waiter.result()
-
-
-async def _terminate(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+async def _end(transport: asyncio.SubprocessTransport, output: _Output) -> None:
+    """Make sure that the process and its group are gone, and the pipes closed."""
     try:
-        async with asyncio.timeout(GRACE_S):
-            await process.wait()
-    except TimeoutError:
-        pass
+        if not output.exited.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                transport.terminate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GRACE_S):
+                    await output.exited.wait()
+            _signal_group(transport.get_pid(), signal.SIGKILL)
+            await output.exited.wait()
     finally:
-        _signal_group(process.pid, signal.SIGKILL)
-    await process.wait()
+        transport.close()
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

@@ -219,6 +219,7 @@ def _identity(recipe: DebianRecipe, debs: list[Deb]) -> Identity:
         root_partition=str(make("root partition")),
         root=str(make("root")),
         esp_serial=make("esp").hex[:8],
+        entries=make("entries").hex,
     )
 
 

@@ -128,7 +128,8 @@ _UNITS = "lib/systemd/system"
 class Identity(msgspec.Struct, frozen=True):
     """What tells this disk from others: UUIDs of the partition table, its partitions and the root file system.
 
-    ``esp_serial`` is the serial number of the FAT, as 8 hexadecimal digits.
+    ``esp_serial`` is the serial number of the FAT, as 8 hexadecimal digits; ``entries`` is what boot loader entries of
+    this disk have for a machine id, 32 digits.
     """
 
     disk: str
@@ -136,6 +137,7 @@ class Identity(msgspec.Struct, frozen=True):
     root_partition: str
     root: str
     esp_serial: str
+    entries: str
 
 
 def kernel_cmdline(identity: Identity) -> str:
@@ -144,18 +146,20 @@ def kernel_cmdline(identity: Identity) -> str:
 
 
 def loader_entry(identity: Identity, kernel: str, title: str) -> str:
-    """A Boot Loader Specification entry, without sort-key.
+    """A Boot Loader Specification entry just as kernel-install(8) makes them inside, so that they sort as one list.
 
-    Entries made inside the machine have one, so that they come before this one (systemd-boot(7)), as they must: the
-    machine's id, by which entries of one sort-key are ordered before their versions, does not exist yet.
+    Entries are ordered by sort-key, then by machine id, then newest first (systemd-boot(7)). The machine has no id
+    yet, so ``install.conf`` gives kernel-install the same one to write as we do here; it serves nothing else.
     """
     folder = f"/{ENTRY_TOKEN}/{kernel}"
     return (
-        f"title {title}\n"
-        f"version {kernel}\n"
-        f"options {kernel_cmdline(identity)}\n"
-        f"linux {folder}/linux\n"
-        f"initrd {folder}/initrd.img-{kernel}\n"
+        f"title      {title}\n"
+        f"version    {kernel}\n"
+        f"machine-id {identity.entries}\n"
+        "sort-key   debian\n"
+        f"options    {kernel_cmdline(identity)}\n"
+        f"linux      {folder}/linux\n"
+        f"initrd     {folder}/initrd.img-{kernel}\n"
     )
 
 
@@ -178,7 +182,7 @@ def files(identity: Identity, hostname: str, sources: tuple[Source, ...]) -> dic
         "etc/initramfs-tools/conf.d/mica": INITRAMFS_CONF,
         "etc/kernel/cmdline": kernel_cmdline(identity) + "\n",
         "etc/kernel/entry-token": f"{ENTRY_TOKEN}\n",
-        "etc/kernel/install.conf": "layout=bls\nBOOT_ROOT=/boot/efi\n",
+        "etc/kernel/install.conf": f"layout=bls\nBOOT_ROOT=/boot/efi\nMACHINE_ID={identity.entries}\n",
         "etc/machine-id": "",
         "etc/repart.d/50-root.conf": REPART_ROOT,
         "etc/systemd/network/80-dhcp.network": NETWORK,
