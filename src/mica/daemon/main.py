@@ -24,8 +24,10 @@ from mica.daemon.service import Service
 from mica.daemon.settings import SETTINGS, Settings, load
 from mica.engine.definition import Ports
 from mica.engine.engine import Engine
+from mica.engine.execs import ExecRows
 from mica.engine.records import Records
 from mica.guest.guests import AgentGuests
+from mica.guest.sessions import ExecSessions
 from mica.host import slices
 from mica.model.errors import Code, MicaError
 from mica.qemu.console import Consoles
@@ -62,10 +64,16 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
             policy=builder.policy(host.capacity().memory),
         )
         engine = await stack.enter_async_context(Engine(ports).running())
+        execs = await stack.enter_async_context(
+            ExecSessions(guests, ExecRows(ports.records), settings.home / "execs", builder.clock).running(
+                await engine.views.running()
+            )
+        )
         service = Service(
             engine=engine,
             hypervisor=hypervisor,
             consoles=consoles,
+            execs=execs,
             settings=settings,
             doctor=functools.partial(builder.doctor, share),
             started_at=builder.clock.now(),

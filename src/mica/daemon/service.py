@@ -5,22 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
+import structlog
 
 from mica import __version__
 from mica.daemon.settings import Settings
 from mica.engine.engine import Engine
+from mica.guest.sessions import ExecSessions
 from mica.host.facts import read_facts
 from mica.model.doctor import DoctorReport
 from mica.model.errors import Code, MicaError, invalid
+from mica.model.exec import ExecRecord, ExecSpec
 from mica.model.operation import Actor, Operation
 from mica.model.transitions import LIVE
 from mica.model.units import Bytes
 from mica.model.views import Event, HostView, ImagePage, ImageView, OperationPage, VmPage, VmView
+from mica.model.vm import AgentState, VmRuntime, VmState
 from mica.qemu.command_line import Sockets
 from mica.qemu.console import Consoles
 from mica.qemu.hypervisor import QemuHypervisor
+
+log = structlog.get_logger()
 
 MAX_LOG = 16 * 1024 * 1024
 
@@ -34,6 +41,7 @@ class Service:
         engine: Engine,
         hypervisor: QemuHypervisor,
         consoles: Consoles,
+        execs: ExecSessions,
         settings: Settings,
         doctor: Callable[[bool], Awaitable[DoctorReport]],
         started_at: float,
@@ -43,6 +51,7 @@ class Service:
         self._records = engine.env.records
         self._hypervisor = hypervisor
         self._consoles = consoles
+        self._execs = execs
         self._settings = settings
         self._doctor = doctor
         self._started_at = started_at
@@ -162,3 +171,50 @@ class Service:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - tail))
             return stream.read(tail)
+
+    # ── commands in guests ────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _guest(self, ref: str) -> tuple[str, str, VmRuntime]:
+        """Id, name and runtime of a VM whose guest can be spoken with. Raises ``state-conflict`` with the way out."""
+        vm_id = await self._records.resolve_vm(ref)
+        name = (await self._records.vms.need(vm_id)).value.name
+        status = (await self._records.statuses.need(vm_id)).value
+        state = status.observed.state
+        if status.runtime is None or state is not VmState.RUNNING:
+            way = f"`mica vm resume {name}`" if state is VmState.PAUSED else f"`mica vm start {name}`"
+            raise MicaError(Code.STATE_CONFLICT, f"VM {name} is {state}; commands and files need it to run", hint=way)
+        if status.observed.agent is AgentState.ABSENT:
+            raise MicaError(
+                Code.AGENT_UNAVAILABLE,
+                f"VM {name} has no port for a guest agent",
+                hint="its console works without one: `mica vm console`",
+            )
+        return vm_id, name, status.runtime
+
+    async def exec_start(self, vm: str, spec: ExecSpec, *, by: Actor) -> ExecRecord:
+        vm_id, name, runtime = await self._guest(vm)
+        record = await self._execs.start(vm_id, name, runtime, spec)
+        log.info("exec", vm=name, exec=record.id, by=by.name, source=by.source, command=spec.argv[0])
+        return record
+
+    async def execs(self, vm: str) -> list[ExecRecord]:
+        return self._execs.of(await self._records.resolve_vm(vm))
+
+    async def exec_state(self, vm: str, exec_id: str) -> ExecRecord:
+        return self._execs.get(await self._records.resolve_vm(vm), exec_id)
+
+    async def exec_wait(self, vm: str, exec_id: str) -> ExecRecord:
+        return await self._execs.wait(await self._records.resolve_vm(vm), exec_id)
+
+    async def exec_follow(
+        self, vm: str, exec_id: str, stream: Literal["stdout", "stderr"], offset: int
+    ) -> AsyncIterator[bytes]:
+        vm_id = await self._records.resolve_vm(vm)
+        async for piece in self._execs.follow(vm_id, exec_id, stream, offset):
+            yield piece
+
+    async def exec_stdin(self, vm: str, exec_id: str, data: bytes | None) -> None:
+        await self._execs.stdin(await self._records.resolve_vm(vm), exec_id, data)
+
+    async def exec_kill(self, vm: str, exec_id: str, signal: int) -> None:
+        await self._execs.kill(await self._records.resolve_vm(vm), exec_id, signal)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 import msgspec
 
 from mica.model.errors import Code, MicaError, not_found
+from mica.model.exec import ExecRecord
 from mica.model.image import Image
 from mica.model.operation import Operation
 from mica.model.units import Bytes
@@ -135,6 +136,10 @@ class Draft:
             self._expect[table.key(id_)] = generation
         self._delete.append(table.key(id_))
 
+    @property
+    def empty(self) -> bool:
+        return not (self._put or self._delete)
+
     def transaction(self) -> Transaction:
         return Transaction(self._expect, self._put, tuple(self._delete))
 
@@ -153,6 +158,7 @@ class Records:
         self.ledger = Table(store, "ledger", Ledger)
         self.keys = Table(store, "idempotency", Claim)
         self.marks = Table(store, "mark", Mark)
+        self.execs = Table(store, "exec", ExecRecord)
 
     async def commit(self, draft: Draft, *, durable: bool = True) -> int:
         return await self.store.commit(draft.transaction(), durable=durable)
@@ -160,21 +166,40 @@ class Records:
     async def read_ledger(self) -> Versioned[Ledger]:
         return await self.ledger.get("memory") or Versioned(Ledger(), ABSENT)
 
-    async def release(self, vm_id: str) -> None:
-        """Take back what was promised to a VM. Idempotent."""
+    async def transact(self, write: Callable[[Draft], Awaitable[None]], *, durable: bool = True) -> None:
+        """Read, draft and commit until nobody was quicker. ``write`` reads anew each time; it may raise to give up.
+
+        Commits nothing when the draft stays empty. Raises ``busy``.
+        """
         for _ in range(MAX_ATTEMPTS):
-            ledger = await self.read_ledger()
-            if vm_id not in ledger.value.reserved:
-                return
-            left = {k: v for k, v in ledger.value.reserved.items() if k != vm_id}
             draft = Draft()
-            draft.put(self.ledger, "memory", Ledger(left), ledger.generation)
+            await write(draft)
+            if draft.empty:
+                return
             try:
-                await self.commit(draft)
+                await self.commit(draft, durable=durable)
             except Conflict:
                 continue
             return
-        raise contended("ledger", "memory")
+        raise MicaError(Code.BUSY, "rows change too quickly to write", hint="try again", retryable=True)
+
+    async def promise(self, vm_id: str, memory: Reservation | None) -> None:
+        """Promise exactly that to a VM that was admitted, or nothing any more. Idempotent."""
+
+        async def write(draft: Draft) -> None:
+            ledger = await self.read_ledger()
+            if ledger.value.reserved.get(vm_id) == memory:
+                return
+            new = {k: v for k, v in ledger.value.reserved.items() if k != vm_id}
+            if memory is not None:
+                new[vm_id] = memory
+            draft.put(self.ledger, "memory", Ledger(new), ledger.generation)
+
+        await self.transact(write)
+
+    async def release(self, vm_id: str) -> None:
+        """Take back what was promised to a VM. Idempotent."""
+        await self.promise(vm_id, None)
 
     async def resolve_vm(self, ref: str) -> str:
         """The id of the VM meant by a name, an id, or the unique beginning (8 characters or more) of an id."""

@@ -14,7 +14,7 @@ from mica.engine.records import ImageRow, Versioned
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Operation, OperationState
 from mica.model.views import Event, ImagePage, ImageView, OperationPage, VmPage, VmUsage, VmView
-from mica.model.vm import Vm, VmStatus, pending_changes
+from mica.model.vm import Vm, VmRuntime, VmStatus, pending_changes
 from mica.ports.store import Compacted
 
 if TYPE_CHECKING:
@@ -91,6 +91,15 @@ class Views:
             usage = self._engine.sampler.usage(vm_id)
             items.append(self._vm_view(vm, statuses[vm_id].value, self._active(vm_id), usage))
         return VmPage(revision=revision, next=following, items=tuple(items))
+
+    async def running(self) -> dict[str, tuple[str, VmRuntime]]:
+        """Name and runtime of every VM that has a process, by id."""
+        out = {}
+        for vm_id, status in (await self._records.statuses.scan()).items():
+            vm = await self._records.vms.get(vm_id)
+            if vm is not None and status.value.runtime is not None:
+                out[vm_id] = (vm.value.name, status.value.runtime)
+        return out
 
     async def operation(self, operation_id: str) -> Operation:
         """One operation by id, or by its beginning (8 characters or more). Raises ``not-found``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from mica.guest.agent import GuestAgent
@@ -29,6 +30,16 @@ class AgentGuests:
 
     def __init__(self) -> None:
         self._agents: dict[str, GuestAgent] = {}
+        self._on_forget: list[Callable[[str], Awaitable[None]]] = []
+        self._on_erase: list[Callable[[str], Awaitable[None]]] = []
+
+    def on_forget(self, call: Callable[[str], Awaitable[None]]) -> None:
+        """Await ``call`` with a VM's id when its process has ended, before its agent's connection is closed."""
+        self._on_forget.append(call)
+
+    def on_erase(self, call: Callable[[str], Awaitable[None]]) -> None:
+        """Await ``call`` with a VM's id when it is deleted for good."""
+        self._on_erase.append(call)
 
     def agent(self, vm_id: str, name: str, runtime: VmRuntime) -> GuestAgent:
         """The agent of a running VM; ``name`` is what messages call it."""
@@ -56,11 +67,19 @@ class AgentGuests:
         else:
             agent.port_closed()
 
+    async def erase(self, vm_id: str) -> None:
+        await self.forget(vm_id)
+        for call in self._on_erase:
+            await call(vm_id)
+
     async def forget(self, vm_id: str) -> None:
+        for call in self._on_forget:
+            await call(vm_id)
         agent = self._agents.pop(vm_id, None)
         if agent is not None:
             await agent.close()
 
     async def close(self) -> None:
-        for vm_id in list(self._agents):
-            await self.forget(vm_id)
+        """Close every connection; what runs in the guests goes on."""
+        while self._agents:
+            await self._agents.popitem()[1].close()

@@ -31,3 +31,6 @@ class Guests(Protocol):
 
     async def forget(self, vm_id: str) -> None:
         """The VM's process is gone: close what is open, end what waits."""
+
+    async def erase(self, vm_id: str) -> None:
+        """The VM is deleted for good: as :meth:`forget`, and all that is kept of what ran in it. Idempotent."""

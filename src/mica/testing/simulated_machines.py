@@ -187,3 +187,6 @@ class SimulatedGuests:
     async def forget(self, vm_id: str) -> None:
         async with self._faults.around("guests.forget"):
             self._world.connections.discard(vm_id)
+
+    async def erase(self, vm_id: str) -> None:
+        await self.forget(vm_id)

@@ -118,7 +118,7 @@ async def empty(context: Context) -> None:
     env, vm_id = context.env, context.vm_id
     if await env.records.statuses.get(vm_id) is not None:
         await set_state(env, vm_id, lambda o: moved(env, o, VmState.DELETING))
-    await env.guests.forget(vm_id)
+    await env.guests.erase(vm_id)
     await env.hypervisor.erase(vm_id)
     await env.volumes.remove(vm_id)
 

@@ -17,6 +17,7 @@ async def reconcile(env: Env) -> str:
     }
     removed = []
     for vm_id in sorted({*running, *owners} - known - busy):
+        await env.guests.erase(vm_id)
         await env.hypervisor.erase(vm_id)
         await env.volumes.remove(vm_id)
         removed.append(vm_id[:8])
