@@ -119,12 +119,12 @@ class Wire:
         return sender, source, flags, seq, ack, payload[(offset >> 4) * 4 :]
 
     async def tcp_connect(self, destination: IPv4Address, port: int) -> str:
-        """``open``, ``refused`` or ``silent`` (after two seconds)."""
+        """``open``, ``refused`` or ``silent`` (after half a second)."""
         self._port += 1
         ports = (self._port, port)
         await self._segment(destination, ports, SYN, 1000, 0)
         try:
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(0.5):
                 _, _, flags, seq, _, _ = await self._segment_receive(self._port)
         except TimeoutError:
             return "silent"

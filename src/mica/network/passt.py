@@ -236,8 +236,8 @@ async def start(passt: Passt, link: Link, *, network: HostNetwork | None = None)
         running.append(_spawn(arguments(passt, link, network), output))
         if passt.sieve:
             running.append(_spawn(_sieve(link), output))
-            await _appeared(link.inner_socket, running[0], output)
-        await _appeared(link.socket, running[-1], output)
+            await _listening(link.inner_socket, running[0], output)
+        await _listening(link.socket, running[-1], output)
         for wish in publish:
             if not ports.listening(wish):
                 raise MicaError(
@@ -282,12 +282,25 @@ def _spawn(argv: Sequence[str], output: Path) -> LiveProcess:
     return spawn(argv, stdout=output, stderr=output, umask=0, limits=ResourceLimits(core=0))
 
 
-async def _appeared(path: Path, process: LiveProcess, output: Path) -> None:
-    """Wait for a socket. Nothing signals that it listens, so look, at growing intervals."""
+def listens(path: Path, proc: Path = Path("/proc")) -> bool:
+    """Whether somebody listens on a UNIX socket, without connecting: passt takes one client, and that is QEMU.
+
+    /proc/net/unix (unix(7)): the flag 0x10000 is __SO_ACCEPTCON. The file alone is there already after bind().
+    """
+    wanted = str(path)
+    for line in (proc / "net/unix").read_text(encoding="utf-8", errors="replace").splitlines():
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[7] == wanted and int(fields[3], 16) & 0x10000:
+            return True
+    return False
+
+
+async def _listening(path: Path, process: LiveProcess, output: Path) -> None:
+    """Wait for a socket. Nothing signals that somebody listens, so look, at growing intervals."""
     pause_s = 0.002
     try:
         async with asyncio.timeout(_START_TIMEOUT_S):
-            while not path.is_socket():
+            while not listens(path):
                 if not process.alive:
                     words = output.read_text(encoding="utf-8", errors="replace")[-_LAST_WORDS:].strip()
                     lines = [line for line in words.splitlines() if line and "to syslog" not in line]
@@ -304,13 +317,13 @@ async def _appeared(path: Path, process: LiveProcess, output: Path) -> None:
 
 
 def healthy(handle: PasstHandle) -> bool:
-    """Whether every process of the NIC still runs and the socket is there. Does not connect: passt takes one client."""
+    """Whether every process of the NIC still runs and listens."""
     for ref in handle.processes:
         process = find(ref)
         if process is None:
             return False
         process.close()
-    return Path(handle.socket).is_socket()
+    return listens(Path(handle.socket))
 
 
 async def stop(handle: PasstHandle) -> None:
