@@ -67,7 +67,7 @@ schema = schemathesis.openapi.from_asgi("/v1/openapi.json", Fresh())
 
 
 @schema.parametrize()
-@settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_no_request_is_a_fault_and_every_answer_is_as_described(case: Case[Any]) -> None:
     known = {"vm": "web", "image": "micro", "operation": "op"}
     # Half of the requests are about something that is there.
