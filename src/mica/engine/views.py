@@ -203,8 +203,12 @@ class Views:
                 if kind in ("vm", "operation", "image"):
                     touched.pop((kind, change.key.id), None)
                     touched[kind, change.key.id] = change.revision
-            for (kind, id_), revision in touched.items():
-                yield Event(revision=revision, kind=kind, id=id_, object=await self._object(kind, id_))
+            # What one commit changed is told in several events. Only the last of them carries the commit's revision:
+            # a reader that is cut off before goes on from the revision below and misses nothing.
+            following = [*list(touched.values())[1:], None]
+            for ((kind, id_), revision), after in zip(touched.items(), following, strict=True):
+                told = revision - 1 if after == revision else revision
+                yield Event(revision=told, kind=kind, id=id_, object=await self._object(kind, id_))
             if changes:
                 at = changes[-1].revision
             else:
