@@ -55,9 +55,16 @@ class QemuHost(msgspec.Struct, frozen=True, kw_only=True):
     direct_io: Callable[[Path], bool]
 
 
-def boot_index(vm: Vm, name: str) -> int | None:
-    """Position in the boot order, from 0. Without an order the first disk comes first."""
-    order = vm.spec.boot or tuple(d.name for d in vm.spec.disks[:1])
+def boot_index(plan: LaunchPlan, name: str) -> int | None:
+    """Position in the boot order, from 0. Without an order the first disk comes first.
+
+    A kernel that QEMU loads itself has the first place (QEMU, ``hw/i386/x86.c``: linuxboot is given index 0), and no
+    second is ever tried.
+    """
+    if plan.direct_boot is not None:
+        return None
+    spec = plan.vm.spec
+    order = spec.boot or tuple(d.name for d in spec.disks[:1])
     return order.index(name) if name in order else None
 
 
@@ -95,9 +102,11 @@ def _devices(plan: LaunchPlan, host: QemuHost, sockets: Sockets) -> Arguments:
         vga = build.has_device("virtio-vga")
         parts.append(display.arguments(bus, virtio_vga=vga, tablet=build.has_device("virtio-tablet-pci")))
     for d in spec.disks:
-        index = boot_index(plan.vm, d.name)
+        index = boot_index(plan, d.name)
         parts.append(disk.arguments(d, volumes[d.name], bus, bootindex=index, direct_io=host.direct_io))
-    parts += [nic.arguments(n, attached[n.name], bus, bootindex=boot_index(plan.vm, n.name)) for n in spec.nics]
+    for hub, n in enumerate(spec.nics):
+        index = boot_index(plan, n.name)
+        parts.append(nic.arguments(n, attached[n.name], bus, hub=hub, bootindex=index))
     return concat(parts)
 
 

@@ -1,30 +1,45 @@
 """A virtio NIC, joined to whatever the network adapter made for it.
 
 ``stream``: the VM's own network process listens on a UNIX socket (passt); QEMU itself sits in an empty network
-namespace. ``none``: a NIC whose cable is not plugged in.
+namespace. ``none``: a NIC whose cable is not plugged in; no option says so, so it is pulled by QMP before the guest
+runs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from mica.model.errors import Code, MicaError
 from mica.model.vm import NicRuntime, NicSpec
 from mica.qemu.arguments import Arguments, Bus, concat, from_json
 
 
-def arguments(nic: NicSpec, runtime: NicRuntime, bus: Bus, *, bootindex: int | None) -> Arguments:
+def device(name: str) -> str:
+    """The id of a NIC's device."""
+    return f"dev-{name}"
+
+
+def unplug(nic: NicSpec) -> dict[str, Any]:
+    """Arguments of ``set_link`` (QMP reference): pull the cable out."""
+    return {"name": device(nic.name), "up": False}
+
+
+def arguments(nic: NicSpec, runtime: NicRuntime, bus: Bus, *, hub: int, bootindex: int | None) -> Arguments:
+    """``hub`` is a number that no other NIC of the VM has."""
     backend = f"net-{nic.name}"
     kind = runtime.handle.get("kind", "none")
     if kind == "stream":
         address = {"type": "unix", "path": runtime.handle["socket"]}
         net = {"type": "stream", "id": backend, "server": False, "addr": address}
     elif kind == "none":
-        net = {"type": "hubport", "id": backend, "hubid": 1000}
+        # A hub of its own with nobody else on it: two such NICs must not meet.
+        net = {"type": "hubport", "id": backend, "hubid": hub}
     else:
         raise MicaError(Code.INTERNAL, f"NIC {nic.name} is attached in an unknown way: {kind}")
     port, place = bus.port()
     front = {
         "driver": "virtio-net-pci",
-        "id": f"dev-{nic.name}",
+        "id": device(nic.name),
         "netdev": backend,
         "mac": nic.mac,
         "bootindex": bootindex,
