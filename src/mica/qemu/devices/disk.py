@@ -7,6 +7,7 @@ Limits are set by QMP before the guest runs and may change while it does (``bloc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,22 @@ from mica.model.vm import DiskSpec
 from mica.ports.volumes import Volume
 from mica.qemu.arguments import Arguments, Bus, concat, from_json
 
+SHORT = 20
+
+
+def short(name: str) -> str:
+    """A disk's name in at most 20 characters, which is what a virtio disk tells the guest (virtio 1.2, section 5.2.6).
+
+    A longer one ends in a digest, so that two of them never look alike.
+    """
+    if len(name) <= SHORT:
+        return name
+    return f"{name[: SHORT - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
 
 def node(name: str) -> str:
-    """The name of a disk's format node."""
-    return f"disk-{name}"
+    """The name of a disk's format node; QEMU allows 31 characters."""
+    return f"disk-{short(name)}"
 
 
 def device(name: str) -> str:
@@ -56,7 +69,7 @@ def arguments(
         "driver": "virtio-blk-pci",
         "id": device(disk.name),
         "drive": node(disk.name),
-        "serial": disk.name,
+        "serial": short(disk.name),
         "bootindex": bootindex,
         # A full host disk pauses the guest instead of giving it errors it cannot mend.
         "werror": "enospc",
@@ -69,7 +82,8 @@ def arguments(
 def throttle(disk: DiskSpec) -> dict[str, Any]:
     """Arguments of ``block_set_io_throttle`` (QMP reference); zeros lift every limit."""
     return {
-        "id": device(disk.name),
+        # The block layer knows the device behind the PCI proxy, by its path (QEMU docs, "QOM": /machine/peripheral).
+        "id": f"/machine/peripheral/{device(disk.name)}/virtio-backend",
         "iops": disk.limits.iops,
         "iops_rd": 0,
         "iops_wr": 0,
