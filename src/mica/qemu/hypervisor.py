@@ -31,7 +31,7 @@ from mica.qemu.accel import Accelerator
 from mica.qemu.command_line import QemuHost, Sockets, build_arguments
 from mica.qemu.jail import Jail, JailKind, JailSpec, JailUsers, hand_over
 from mica.qemu.jailed import Jailed, JailedRefs, adopt, exit_code, find_left, start
-from mica.qemu.machine import QemuMachine, last_words, limit
+from mica.qemu.machine import QemuMachine, complete, last_words
 from mica.qemu.qmp import Monitor
 
 log = structlog.get_logger()
@@ -198,8 +198,10 @@ class QemuHypervisor:
         )
         try:
             machine = await self._connect(vm.name, jailed, sockets, messages, log_offset, vm.spec)
-            await limit(machine, vm.spec)
-            await machine.close()
+            try:
+                await complete(machine.monitor, vm.spec)
+            finally:
+                await machine.close()
         except BaseException:
             jailed.process.kill()
             raise
@@ -227,12 +229,7 @@ class QemuHypervisor:
         """Wait for the control monitor and greet it; when QEMU ends first, say so in its own last words."""
         try:
             async with asyncio.timeout(LAUNCH_TIMEOUT_S):
-                # QEMU makes its sockets early and tells nobody; its end would be told, so both are looked for.
-                delay_s = 0.002
-                while not sockets.control.exists() and jailed.process.alive:
-                    await asyncio.sleep(delay_s)
-                    delay_s = min(delay_s * 1.5, 0.05)
-                monitor = await Monitor.connect(name, sockets.control, CONNECT_TIMEOUT_S)
+                monitor = await _greeted(name, jailed, sockets.control)
         except (TimeoutError, MicaError) as error:
             if jailed.process.alive:
                 raise MicaError(
@@ -334,6 +331,21 @@ class QemuHypervisor:
                 raise MicaError(Code.CORRUPT, f"{file} is not a file")
             os.close(descriptor)
         return directory / "console.log", directory / "qemu.log"
+
+
+async def _greeted(name: str, jailed: Jailed, socket: Path) -> Monitor:
+    """Connect to the monitor of a QEMU that is about to make it. Raises ``qemu-failed`` when it ended first."""
+    # QEMU tells nobody when it listens, and its socket is there a moment before it does; its end would be told.
+    delay_s = 0.002
+    while True:
+        if socket.exists() or not jailed.process.alive:
+            try:
+                return await Monitor.connect(name, socket, CONNECT_TIMEOUT_S)
+            except MicaError as error:
+                if not (error.code is Code.QEMU_FAILED and error.retryable and jailed.process.alive):
+                    raise
+        await asyncio.sleep(delay_s)
+        delay_s = min(delay_s * 1.5, 0.05)
 
 
 def can_direct_io(path: Path) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 import structlog
 
-from mica.model.vm import AgentState, VmSpec
+from mica.model.vm import AgentState, IoLimits, NetworkKind, VmSpec
 from mica.ports.hypervisor import EventKind, Exit, MachineEvent, MachineStatus, RunState
-from mica.qemu.devices import agent, disk
+from mica.qemu.devices import agent, disk, nic
 from mica.qemu.jailed import Jailed
 from mica.qemu.qmp import Monitor
 
@@ -71,31 +71,31 @@ class QemuMachine:
 
     def __init__(self, jailed: Jailed, monitor: Monitor, *, log_file: Path, log_offset: int, agent_port: bool) -> None:
         self._jailed = jailed
-        self._monitor = monitor
+        self.monitor = monitor
         self._log_file = log_file
         self._log_offset = log_offset
         self._agent_port = agent_port
 
     async def observe(self) -> MachineStatus:
-        status = await self._monitor.run("query-status")
+        status = await self.monitor.run("query-status")
         run, reason = RUN_STATES.get(status["status"], (RunState.PAUSED, status["status"]))
         return MachineStatus(run, await self._agent_state(), reason)
 
     async def _agent_state(self) -> AgentState:
         if not self._agent_port:
             return AgentState.ABSENT
-        devices = await self._monitor.run("query-chardev")
+        devices = await self.monitor.run("query-chardev")
         port = next((d for d in devices if d["label"] == agent.CHARDEV), None)
         return AgentState.READY if port is not None and port["frontend-open"] else AgentState.WAITING
 
     async def resume(self) -> None:
-        await self._monitor.run("cont")
+        await self.monitor.run("cont")
 
     async def pause(self) -> None:
-        await self._monitor.run("stop")
+        await self.monitor.run("stop")
 
     async def power_button(self) -> None:
-        await self._monitor.run("system_powerdown")
+        await self.monitor.run("system_powerdown")
 
     async def kill(self) -> None:
         self._jailed.process.kill()
@@ -103,10 +103,10 @@ class QemuMachine:
 
     async def apply(self, spec: VmSpec) -> None:
         for one in spec.disks:
-            await self._monitor.run("block_set_io_throttle", disk.throttle(one))
+            await self.monitor.run("block_set_io_throttle", disk.throttle(one))
 
     async def events(self) -> AsyncIterator[MachineEvent]:
-        async for event in self._monitor.events():
+        async for event in self.monitor.events():
             kind = EVENTS.get(event["event"])
             if kind is not None:
                 yield MachineEvent(kind, _detail(event))
@@ -118,7 +118,7 @@ class QemuMachine:
         return Exit(clean=status.code == 0, last_words=last_words(self._log_file, self._log_offset))
 
     async def close(self) -> None:
-        await self._monitor.close()
+        await self.monitor.close()
         self._jailed.close()
 
 
@@ -129,7 +129,11 @@ def _detail(event: dict[str, Any]) -> str:
     return str(data.get("reason", ""))
 
 
-async def limit(machine: QemuMachine, spec: VmSpec) -> None:
-    """Set the I/O limits of a machine that is still held."""
-    if any(d.limits.iops or d.limits.bytes_per_s for d in spec.disks):
-        await machine.apply(spec)
+async def complete(monitor: Monitor, spec: VmSpec) -> None:
+    """Set what no option of the command line says, on a machine that is still held: disk limits, pulled cables."""
+    for one in spec.disks:
+        if one.limits != IoLimits():
+            await monitor.run("block_set_io_throttle", disk.throttle(one))
+    for other in spec.nics:
+        if other.network == NetworkKind.NONE:
+            await monitor.run("set_link", nic.unplug(other))

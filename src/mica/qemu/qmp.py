@@ -47,7 +47,10 @@ class Monitor:
 
     @classmethod
     async def connect(cls, name: str, path: Path, timeout_s: float = COMMAND_TIMEOUT_S) -> Monitor:
-        """Connect and negotiate. Raises ``timeout`` when another client holds the monitor, ``qemu-failed``."""
+        """Connect and negotiate. Raises ``timeout`` when another client holds the monitor, ``qemu-failed``.
+
+        ``qemu-failed`` is retryable when nobody listens (yet).
+        """
         monitor = cls(name)
         try:
             async with asyncio.timeout(timeout_s):
@@ -60,7 +63,10 @@ class Monitor:
                 retryable=True,
             ) from error
         except (QMPError, OSError) as error:
-            raise MicaError(Code.QEMU_FAILED, f"QEMU of {name} cannot be reached: {error}") from error
+            # The library wraps what the operating system said (qemu.qmp, ConnectError.exc).
+            refused = isinstance(getattr(error, "exc", error), ConnectionRefusedError)
+            message = f"QEMU of {name} cannot be reached: {error}"
+            raise MicaError(Code.QEMU_FAILED, message, retryable=refused) from error
         return monitor
 
     async def execute(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S, **arguments: Any) -> Any:
