@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from mica.model.vm import NetworkKind, NicRuntime, Vm
 from mica.network import addresses, passt
 from mica.network.passt import Link, Owner, Passt, PasstHandle
 from mica.network.ports import reserve
+
+# What is left of 107 bytes below the longest runtime directory (mica.model.paths).
+_NAME_MAX = 7
 
 
 class UserNetworks:
@@ -36,7 +40,9 @@ class UserNetworks:
         self._owner = owner
 
     def _directory(self, vm_id: str, nic: str) -> Path:
-        return self._root / vm_id / nic
+        # Sockets are made below it, and a UNIX socket's path is short (unix(7)): a long name becomes a digest.
+        short = nic if len(nic) <= _NAME_MAX else hashlib.sha256(nic.encode()).hexdigest()[:_NAME_MAX]
+        return self._root / vm_id / short
 
     async def attach(self, vm: Vm, nic: str) -> NicRuntime:
         index, spec = next((i, n) for i, n in enumerate(vm.spec.nics) if n.name == nic)
