@@ -205,8 +205,10 @@ class Views:
                     touched[kind, change.key.id] = change.revision
             # What one commit changed is told in several events. Only the last of them carries the commit's revision:
             # a reader that is cut off before goes on from the revision below and misses nothing.
-            following = [*list(touched.values())[1:], None]
-            for ((kind, id_), revision), after in zip(touched.items(), following, strict=True):
+            following = iter(touched.values())
+            next(following, None)
+            for (kind, id_), revision in touched.items():
+                after = next(following, None)
                 told = revision - 1 if after == revision else revision
                 yield Event(revision=told, kind=kind, id=id_, object=await self._object(kind, id_))
             if changes:
