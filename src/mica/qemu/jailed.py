@@ -115,6 +115,7 @@ async def start(
                     await _hold(process, keeper, spec, before)
                 except BaseException:
                     process.kill()
+                    await process.wait_exit(_KEEPER_EXIT_S)
                     process.close()
                     raise
             os.write(hold, b"x")
@@ -153,6 +154,7 @@ async def _start_bare(
             await before(process.pid)
     except BaseException:
         process.kill()
+        await process.wait_exit(_KEEPER_EXIT_S)
         process.close()
         raise
     return Jailed(JailedRefs(process.ref, None, str(status_file)), process, None)
@@ -298,6 +300,7 @@ async def _abort(keeper: LiveProcess) -> None:
             process = find(ref) if ref is not None else None
             if process is not None:
                 process.kill()
+                await process.wait_exit(_KEEPER_EXIT_S)
                 process.close()
         keeper.kill()
     await keeper.wait_exit(_KEEPER_EXIT_S)
