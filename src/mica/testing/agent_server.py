@@ -141,6 +141,7 @@ class FakeAgent:
         self.delay_s = 0.0
         self.policy = policy
         self._sh = sh
+        self.hidden: frozenset[str] = frozenset()
         self._port_open = True
         self._misbehaviour: dict[str, Misbehaviour] = {}
         self._files: dict[int, _File] = {}
@@ -330,7 +331,7 @@ class FakeAgent:
         env = dict(item.partition("=")[::2] for item in arguments["env"]) if "env" in arguments else None
         sink = asyncio.subprocess.PIPE if capture else asyncio.subprocess.DEVNULL
         try:
-            if not self._sh and path.endswith("/sh"):
+            if path in self.hidden or (not self._sh and path.endswith("/sh")):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             process = await asyncio.create_subprocess_exec(
                 path,

@@ -1,0 +1,357 @@
+"""One command in a guest, from its start to its end, across the death of any number of daemons.
+
+The command runs under a runner in the guest (:mod:`mica.guest.script`), which outlives every daemon. This side only
+reads: events from the runner's log, output from segments, by offset, into the spool on the host. Dropping a
+:class:`GuestExec` at any moment, or losing its process, therefore loses nothing; another one made with
+``GuestExecutor.resume`` goes on with the next byte.
+
+What is beyond the spool's limit is not thrown away in silence: the command is ended and the exec ``failed`` with
+``too-large``. A full disk on the host makes the command wait instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal as signals
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from mica.guest import outcome
+from mica.guest.agent import AgentRefusedError, GuestAgent
+from mica.guest.log import CommandEvents, StreamEvents
+from mica.guest.runner import Runner, Runners
+from mica.guest.script import command_script
+from mica.guest.segments import SegmentReader
+from mica.guest.spool import Cursor, Spool, Stream
+from mica.guest.stdin import StdinWriter
+from mica.model.errors import Code, MicaError
+from mica.model.exec import ExecRecord, ExecState
+
+OnChange = Callable[[ExecRecord], Awaitable[None]]
+
+MIN_PAUSE_S = 0.001
+MAX_PAUSE_S = 0.1
+QUICK_S = 0.03
+"""So long only the log is read: most commands have ended by then, and their output is fetched once."""
+LINGER_S = 2.0
+KILL_GRACE_S = 5.0
+MAX_KILLS = 5
+ALIVE_CHECK_S = 5.0
+STARTING_GRACE_S = 10.0
+_TRANSIENT = frozenset({Code.AGENT_UNAVAILABLE, Code.TIMEOUT, Code.BUSY, Code.INSUFFICIENT_DISK})
+
+
+class SpoolSink:
+    """One stream of a spool as the place where a :class:`SegmentReader` puts what it reads."""
+
+    def __init__(self, spool: Spool, stream: Stream) -> None:
+        self._spool = spool
+        self._stream = stream
+
+    def position(self) -> int:
+        return self._spool.size(self._stream)
+
+    def put(self, data: bytes) -> None:
+        self._spool.append(self._stream, data)
+
+    def load(self) -> Cursor:
+        return self._spool.cursor(self._stream)
+
+    def save(self, cursor: Cursor) -> None:
+        self._spool.set_cursor(self._stream, cursor)
+
+
+class GuestExec:
+    """A command under way. Made by :class:`mica.guest.executor.GuestExecutor`; :meth:`run` it until its end.
+
+    ``on_change`` is awaited with every new record: before the command can have started, when it runs, when it ended.
+    """
+
+    def __init__(
+        self, runners: Runners, runner: Runner, record: ExecRecord, spool: Spool, on_change: OnChange, *, resumed: bool
+    ) -> None:
+        self.record = record
+        self.spool = spool
+        self._runners = runners
+        self._runner = runner
+        self._on_change = on_change
+        self._resumed = resumed
+        self._readers = {
+            Stream.STDOUT: self._reader("o", Stream.STDOUT),
+            Stream.STDERR: self._reader("e", Stream.STDERR),
+        }
+        self._stdin = StdinWriter(runner.agent, runner) if record.spec.stdin else None
+        self._wake = asyncio.Event()
+        self._begun = self._moved = self._checked = time.monotonic()
+        self._signals: list[int] = []
+        self._sent: list[int] = []
+        self._kills: list[float] = []
+        self._stopping: MicaError | None = None
+        self._start_ticks = ""
+        self._lost = ""
+
+    @property
+    def _agent(self) -> GuestAgent:
+        return self._runner.agent
+
+    @property
+    def _events(self) -> CommandEvents:
+        return self._runner.log.events
+
+    def _reader(self, letter: str, stream: Stream) -> SegmentReader:
+        prefix = self._runner.path(f"{letter}{self.record.sequence & 1}")
+        ack = self._runner.path(f"a{letter}")
+        return SegmentReader(self._runner.agent, prefix, ack, self._runners.window, SpoolSink(self.spool, stream))
+
+    def _stream_events(self, stream: Stream) -> StreamEvents:
+        return self._events.out if stream is Stream.STDOUT else self._events.err
+
+    async def submit(self) -> None:
+        """Give the command to the guest. The record must have been kept before."""
+        spec = self.record.spec
+        await self._runner.submit(command_script(spec, self.record.sequence), stdin=spec.stdin)
+        self._begun = self._moved = time.monotonic()
+
+    # What a user of it does
+
+    async def write_stdin(self, data: bytes) -> None:
+        """Return when the guest has it; waits while the command does not read. :meth:`run` must be running.
+
+        Raises ``state-conflict`` where the command has ended or was started without stdin. What was being written
+        when a daemon died may have been delivered; a new daemon can go on writing.
+        """
+        if self._stdin is None:
+            raise MicaError(Code.STATE_CONFLICT, "the command was started without standard input")
+        await self._stdin.write(data)
+        self._wake.set()
+
+    async def close_stdin(self) -> None:
+        """End of input; idempotent, and of no effect where there is no stdin."""
+        if self._stdin is not None:
+            await self._stdin.close()
+            self._wake.set()
+
+    async def kill(self, signal: int = signals.SIGTERM) -> None:
+        """Signal the command and everything that descends from it, as soon as it runs. Of no effect after its end."""
+        if not self.record.state.final:
+            self._signals.append(int(signal))
+            self._wake.set()
+
+    async def stop(self) -> None:
+        """End it: SIGTERM, and SIGKILL after a grace of 5 s for whatever is left of it."""
+        self._stopping = self._stopping or MicaError(Code.CANCELLED, "the command was stopped")
+        self._wake.set()
+
+    def lose(self, reason: str) -> None:
+        """The guest has ended, as the owner knows: :meth:`run` ends with state ``lost`` and keeps the output."""
+        self._lost = self._lost or reason
+        self._wake.set()
+
+    def follow(self, stream: Stream, offset: int = 0) -> AsyncIterator[bytes]:
+        """Watch a stream from ``offset`` on; any number may watch. Ends with the exec."""
+        return self.spool.follow(stream, offset)
+
+    # The loop
+
+    async def run(self) -> ExecRecord:
+        """Read until the end and return the final record. Cancelling it leaves the command running in the guest."""
+        pause = MIN_PAUSE_S if self._resumed else self._runners.typical_s
+        try:
+            while not self.record.state.final:
+                await self._sleep(pause)
+                pause = await self._round(pause)
+        finally:
+            self.spool.finish() if self.record.state.final else self.spool.close()
+            if self._stdin is not None:
+                self._stdin.end()
+        return self.record
+
+    async def _round(self, pause: float) -> float:
+        """Look once, act, and say how long to sleep before the next look."""
+        if self._lost:
+            await self._end(outcome.lost(self.record, self._lost))
+            return 0.0
+        try:
+            progressed = await self._look()
+            if self.record.state.final:
+                return 0.0
+            await self._act()
+        except AgentRefusedError as refusal:
+            return await self._trouble(await self._agent.explain(refusal), pause)
+        except MicaError as error:
+            return await self._trouble(error, pause)
+        if progressed:
+            return 0.0 if self._hungry() else MIN_PAUSE_S
+        if time.monotonic() - self._begun < QUICK_S:
+            return MIN_PAUSE_S * 2
+        return min(max(pause, MIN_PAUSE_S) * 1.5, MAX_PAUSE_S)
+
+    def _hungry(self) -> bool:
+        """More output is known to lie in the guest."""
+        return any(
+            reader.segment < self._stream_events(stream).complete or reader.full
+            for stream, reader in self._readers.items()
+        )
+
+    async def _sleep(self, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+        self._wake.clear()
+
+    async def _look(self) -> bool:
+        """One exchange with the agent; true if something came."""
+        runner = self._runner
+        if not runner.log_open and not await runner.open_log():
+            await self._end(outcome.lost(self.record, "the guest was restarted"))
+            return False
+        reading = [(stream, reader) for stream, reader in self._readers.items() if reader.open]
+        answers = await self._agent.batch([runner.log_request(), *(reader.request() for _, reader in reading)])
+        progressed = runner.take_log(answers[0])
+        if progressed and self._stdin is not None:
+            self._stdin.progressed()
+        for (stream, reader), answer in zip(reading, answers[1:], strict=True):
+            complete = reader.segment < self._stream_events(stream).complete
+            progressed |= reader.take(answer, complete)
+            await reader.acknowledge()
+        progressed |= await self._open_segments()
+        if progressed:
+            self._moved = time.monotonic()
+        if self._finished():
+            await self._end(outcome.ended(self.record, self._events, self._sent, self._stopping, self._guest))
+        elif self._events.started and self.record.state is ExecState.STARTING and self._events.exit_code is None:
+            await self._change(state=ExecState.RUNNING, pid=self._events.pid)
+        return progressed
+
+    @property
+    def _guest(self) -> str:
+        return self._agent.guest
+
+    async def _open_segments(self) -> bool:
+        opened = False
+        # Before the command's start is logged, a segment may still hold what an earlier command wrote.
+        eager = self._events.started and (self._resumed or time.monotonic() - self._begun > QUICK_S)
+        for stream, reader in self._readers.items():
+            events = self._stream_events(stream)
+            wanted = eager or events.complete > reader.segment
+            if wanted and not reader.open and not reader.exhausted(events):
+                opened |= await reader.open_segment()
+        return opened
+
+    def _finished(self) -> bool:
+        events = self._events
+        if events.exit_code is None:
+            return False
+        return all(reader.exhausted(self._stream_events(s)) for s, reader in self._readers.items())
+
+    async def _trouble(self, error: MicaError, pause: float) -> float:
+        """What a former daemon's death would do to us: go on by offset when the agent answers again."""
+        for reader in self._readers.values():
+            reader.drop()
+        self._runner.drop()
+        if error.code is Code.TOO_LARGE:
+            await self._give_up(error)
+            return 0.0
+        if error.code not in _TRANSIENT and not error.details.get("frozen"):
+            await self._end(outcome.failed(self.record, error))
+            return 0.0
+        return min(max(pause, MAX_PAUSE_S) * 2, 1.0)
+
+    async def _give_up(self, error: MicaError) -> None:
+        """End the command because Mica cannot keep what it writes."""
+        if self._events.pid is not None:
+            await self._signal(signals.SIGKILL)
+        await self._end(outcome.failed(self.record, error))
+
+    # Time-outs, signals, remains
+
+    async def _act(self) -> None:
+        now = time.monotonic()
+        spec, events = self.record.spec, self._events
+        for failed in (events.out.failed, events.err.failed):
+            if failed:
+                await self._give_up(outcome.guest_full(self._guest))
+                return
+        if spec.timeout_s is not None and self._stopping is None and self._age() >= spec.timeout_s:
+            self._stopping = outcome.timed_out(spec.timeout_s)
+        if events.pid is not None and events.exit_code is None:
+            while self._signals:
+                await self._signal(self._signals.pop(0))
+        if self._stopping is not None:
+            await self._escalate(now)
+        if events.exit_code is not None and now - self._moved > LINGER_S and not self._kills:
+            # Something in the background holds the command's output open. It keeps running; we stop listening.
+            await self._end(outcome.ended(self.record, events, self._sent, None, self._guest))
+        if now - max(self._moved, self._checked) > ALIVE_CHECK_S:
+            self._checked = now
+            await self._check_alive(now)
+
+    def _age(self) -> float:
+        return time.time() - self.record.started_at
+
+    async def _escalate(self, now: float) -> None:
+        pid = self._events.pid
+        if pid is None:
+            if self._events.started:
+                await self._end(outcome.failed(self.record, outcome.no_proc(self._guest)))
+            return
+        if not self._kills:
+            self._kills.append(now)
+            await self._signal(signals.SIGTERM)
+        elif now - self._kills[-1] >= (KILL_GRACE_S if len(self._kills) == 1 else LINGER_S):
+            self._kills.append(now)
+            left = await self._signal(signals.SIGKILL)
+            if self._events.exit_code is not None and not left:
+                await self._end(outcome.ended(self.record, self._events, self._sent, self._stopping, self._guest))
+            elif len(self._kills) > MAX_KILLS:
+                await self._end(outcome.failed(self.record, outcome.unkillable(self._guest, pid)))
+
+    async def _signal(self, signal: int) -> int:
+        assert self._events.pid is not None
+        self._sent.append(signal)
+        count, self._start_ticks = await self._runner.signal(signal, self._events.pid, self._start_ticks)
+        return count
+
+    async def _check_alive(self, now: float) -> None:
+        """Silence is normal; a runner that is gone is not."""
+        if not self._events.started and now - self._begun > STARTING_GRACE_S:
+            await self._end(outcome.lost(self.record, "it was never started"))
+            return
+        if await self._runner.alive():
+            return
+        # It may have ended between our last look and now.
+        self._runner.drop()
+        await self._look()
+        if not self.record.state.final:
+            await self._end(outcome.lost(self.record, "the guest's agent was restarted, or the command was killed"))
+
+    # The record
+
+    async def _change(self, **fields: Any) -> None:
+        self.record = msgspec.structs.replace(self.record, **fields)
+        await self._on_change(self.record)
+
+    async def _end(self, record: ExecRecord) -> None:
+        self.record = msgspec.structs.replace(record, ended_at=time.time(), pid=self._events.pid or record.pid)
+        self._runners.background(self._tidy())
+        if not self._resumed and self.record.state is ExecState.EXITED:
+            self._runners.learn(time.monotonic() - self._begun)
+        await self._on_change(self.record)
+
+    async def _tidy(self) -> None:
+        events = self._events
+        quick = all((self._stream_events(s).ended or 0) <= 1 for s in Stream)
+        reusable = events.over and quick and not (self._resumed or self._sent or self._stdin or self._lost)
+        for reader in self._readers.values():
+            await reader.close()
+        if self._stdin is not None:
+            await self._stdin.release()
+        if self.record.state is not ExecState.LOST or not self._lost:
+            self._runners.release(self._runner, reusable=reusable)

@@ -1,0 +1,310 @@
+"""Runners: shells that wait in the guest for commands. Started, found again, given commands, reused, ended.
+
+One runner executes one command at a time. A command that ended quickly and wrote little leaves its runner as good as
+new, and the next command finds it waiting; every other runner is ended after its command. At most ``MAX_IDLE`` wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import structlog
+
+from mica.guest import script
+from mica.guest.agent import AgentRefusedError, GuestAgent, Request
+from mica.guest.log import CommandEvents, RunnerLog
+from mica.guest.replies import FileRead
+from mica.model.errors import Code, MicaError
+from mica.model.units import KIB
+
+DIRECTORIES = ("/run", "/tmp")  # noqa: S108 - in the guest; the directory made there is mode 0700 with a random name
+WINDOW = 8
+"""Segments of at most 1 MiB that a stream may have unread in the guest."""
+MAX_IDLE = 2
+MAX_REUSE = 500
+START_TIMEOUT_S = 20.0
+RETRY_S = (1.0, 4.0, 15.0, 60.0)
+QUICK_S = 0.06
+_LOG_READ = 4 * KIB
+
+_log = structlog.get_logger(__name__)
+
+
+class Runner:
+    """One runner. ``sequence`` is the number of the command it executes or executed last."""
+
+    def __init__(self, agent: GuestAgent, directory: str, pid: int, sequence: int = 0) -> None:
+        self.agent = agent
+        self.directory = directory
+        self.pid = pid
+        self.sequence = sequence
+        self.log = RunnerLog(agent.guest)
+        self.log.follow(sequence)
+        self._log_handle: int | None = None
+        self._log_offset = 0
+        self._stale: list[int] = []
+        self._door: int | None = None
+
+    def path(self, name: str) -> str:
+        return f"{self.directory}/{name}"
+
+    @property
+    def log_open(self) -> bool:
+        return self._log_handle is not None
+
+    def log_request(self) -> Request[Any]:
+        assert self._log_handle is not None
+        return self.agent.read_request(self._log_handle, _LOG_READ)
+
+    def take_log(self, answer: FileRead | AgentRefusedError) -> bool:
+        """Take what :meth:`log_request` brought; true if something has happened."""
+        if isinstance(answer, AgentRefusedError):
+            if answer.lost_handle:
+                self.forget()
+                return False
+            raise answer
+        self.agent.check_read(answer, _LOG_READ)
+        self._log_offset += answer.count
+        return self.log.feed(answer.buf_b64)
+
+    async def open_log(self) -> bool:
+        """Open the log where reading stopped; false when there is none: the guest was restarted."""
+        opened, *_ = await self.agent.batch(
+            [self.agent.open_request(self.path("l")), *(self.agent.close_request(h) for h in self._stale)]
+        )
+        self._stale.clear()
+        if isinstance(opened, AgentRefusedError):
+            if opened.absent_file:
+                return False
+            raise await self.agent.explain(opened) from opened
+        if self._log_offset:
+            await self.agent.file_seek(opened, self._log_offset)
+        self._log_handle = opened
+        return True
+
+    def drop(self) -> None:
+        """We do not know what the agent answered last: read on by offset."""
+        if self._log_handle is not None:
+            self._stale.append(self._log_handle)
+            self._log_handle = None
+
+    def forget(self) -> None:
+        """The agent has forgotten its handles."""
+        self._log_handle = self._door = None
+        self._stale.clear()
+
+    async def submit(self, text: str, *, stdin: bool) -> CommandEvents:
+        """Start the next command, whose shell is ``text``. Number it first: ``sequence + 1``."""
+        agent = self.agent
+        self.sequence += 1
+        events = self.log.follow(self.sequence)
+        requests: list[Request[Any]] = [agent.open_request(self.path("x"), "w")]
+        if self._door is None:
+            requests.append(agent.open_request(self.path("c"), "r+"))
+        opened = _succeed(await agent.batch(requests))
+        if self._door is None:
+            self._door = opened[1]
+        word = f"{self.sequence} {int(stdin)}\n".encode()
+        _succeed(
+            await agent.batch(
+                [
+                    agent.write_request(opened[0], text.encode()),
+                    agent.close_request(opened[0]),
+                    agent.write_request(self._door, word),
+                    agent.flush_request(self._door),
+                ]
+            )
+        )
+        return events
+
+    async def alive(self) -> bool:
+        """Whether its process is there, by its directory: another process may have its pid by now."""
+        try:
+            handle = await self.agent.file_open(f"/proc/{self.pid}/cmdline")
+            read = await self.agent.file_read(handle, 16 * KIB)
+            await self.agent.file_close(handle)
+        except AgentRefusedError:
+            return False
+        return self.directory.rpartition("mica-")[2].encode() in read.buf_b64
+
+    async def signal(self, signal: int, command_pid: int, started_ticks: str) -> tuple[int, str]:
+        """Signal the command and what descends from it: how many took it, and the command's start time in ticks."""
+        arguments = [str(signal), str(self.pid), str(command_pid), started_ticks]
+        output = await self._run(script.KILL, arguments)
+        *pids, last = output.split("\n")[:-1]
+        return len(pids), last.removeprefix("start").strip()
+
+    async def retire(self) -> None:
+        """End it, its pumps, its directory. What its command left running keeps running."""
+        self.drop()
+        stale = [*self._stale, *([self._door] if self._door is not None else [])]
+        self.forget()
+        if stale:
+            await self.agent.batch([self.agent.close_request(handle) for handle in stale])
+        await self._run(script.RETIRE, [self.directory, str(self.pid)])
+        try:
+            await self.agent.exec_wait(self.pid, timeout_s=5.0)
+        except AgentRefusedError:
+            return  # the agent was restarted since and does not know it
+
+    async def _run(self, text: str, arguments: Sequence[str]) -> str:
+        pid = await self.agent.exec_raw("/bin/sh", ["-c", text, "mica", *arguments], env=[f"PATH={script.PATH}"])
+        status = await self.agent.exec_wait(pid, timeout_s=30.0)
+        return status.out_data.decode("utf-8", "replace")
+
+
+def _succeed(answers: Sequence[Any]) -> Sequence[Any]:
+    for answer in answers:
+        if isinstance(answer, AgentRefusedError):
+            raise answer
+    return answers
+
+
+class Runners:
+    """The runners of one guest. ``directories`` are where they may live in the guest, in order of preference."""
+
+    def __init__(self, agent: GuestAgent, *, directories: Sequence[str] = DIRECTORIES, window: int = WINDOW) -> None:
+        self.agent = agent
+        self.window = window
+        self._directories = tuple(directories)
+        self._idle: list[Runner] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.typical_s = 0.002
+
+    def learn(self, seconds: float) -> None:
+        """A command took this long. Looking earlier than quick ones usually end only takes the guest's time."""
+        if seconds < QUICK_S:
+            self.typical_s += (seconds * 0.8 - self.typical_s) / 4
+
+    async def prepare(self) -> None:
+        """Have one waiting, so that the first command is as quick as the others."""
+        if not self._idle:
+            self._idle.append(await self._start())
+
+    async def acquire(self) -> Runner:
+        """A runner that waits for a command. Raises ``agent-failed`` where the guest cannot have one."""
+        return self._idle.pop() if self._idle else await self._start()
+
+    def release(self, runner: Runner, *, reusable: bool) -> None:
+        """The command has ended. What is not ``reusable`` is ended in the background."""
+        if reusable and len(self._idle) < MAX_IDLE and runner.sequence < MAX_REUSE:
+            self._idle.append(runner)
+        else:
+            self.background(self._retire(runner))
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Clean up off the critical path; awaited in :meth:`close`."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _retire(self, runner: Runner) -> None:
+        for pause in RETRY_S:
+            try:
+                await runner.retire()
+            except MicaError as error:
+                # What never succeeds is left to the next sweep; a guest that is gone has taken it along.
+                _log.info("runner not ended", guest=self.agent.guest, directory=runner.directory, error=str(error))
+                if not error.retryable:
+                    return
+                await asyncio.sleep(pause)  # a freeze or a pause of the guest, whose end nobody signals
+            else:
+                return
+
+    def forget(self) -> None:
+        """The guest was restarted, or is another one: no runner is left."""
+        self._idle.clear()
+
+    async def settle(self) -> None:
+        """Wait until what was released is cleaned up."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
+
+    async def close(self) -> None:
+        """End the clean-up under way. Runners stay in the guest; :meth:`sweep` of the next daemon ends them."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def sweep(self, keep: Sequence[str]) -> int:
+        """End every runner whose directory is not in ``keep`` nor idle here; returns how many there were."""
+        kept = " ".join([*keep, *(runner.directory for runner in self._idle)])
+        arguments = ["-c", script.SWEEP, "mica", kept, *self._directories]
+        pid = await self.agent.exec_raw("/bin/sh", arguments, env=[f"PATH={script.PATH}"])
+        status = await self.agent.exec_wait(pid, timeout_s=30.0)
+        count = 0
+        for line in status.out_data.decode("utf-8", "replace").splitlines():
+            number, _, directory = line.partition(" ")
+            if number.isdigit() and directory.startswith(tuple(f"{d}/mica-" for d in self._directories)):
+                runner = Runner(self.agent, directory, int(number))
+                await self._end_command(runner)
+                await self._retire(runner)
+                count += 1
+        return count
+
+    async def _end_command(self, runner: Runner) -> None:
+        """An exec that no daemon remembers: nobody will ever read its output, so it must not run on."""
+        if not await runner.alive() or not await runner.open_log():
+            return
+        data = b""
+        while (read := await self.agent.call(runner.log_request())).count:
+            data += read.buf_b64
+        started = [line.split(b" ") for line in data.split(b"\n") if line[:2] in (b"s ", b"x ")]
+        if started and started[-1][0] == b"s" and started[-1][-1].isdigit():
+            await runner.signal(9, int(started[-1][-1]), "")
+
+    async def _start(self) -> Runner:
+        agent = self.agent
+        token = secrets.token_hex(8)
+        arguments = ["-c", script.RUNNER, f"mica-{token}", str(self.window), token, *self._directories]
+        environment = [f"PATH={script.PATH}", "HOME=/root"]
+        try:
+            pid = await agent.exec_raw("setsid", ["/bin/sh", *arguments], env=environment, capture=False)
+        except AgentRefusedError as refusal:
+            if "Failed to execute" not in refusal.desc and "No such file" not in refusal.desc:
+                raise
+            pid = await agent.exec_raw("/bin/sh", arguments, env=environment, capture=False)
+        async with asyncio.timeout(START_TIMEOUT_S):
+            directory = await self._find(pid, token)
+            runner = Runner(agent, directory, pid)
+            pause = 0.001
+            if not await runner.open_log():
+                raise self._no_directory()
+            while runner.log.runner_pid is None:
+                runner.take_log(await agent.call(runner.log_request()))
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, 0.02)
+        if runner.log.runner_pid != pid:
+            runner.pid = runner.log.runner_pid
+        return runner
+
+    async def _find(self, pid: int, token: str) -> str:
+        """Ask until the log is there: the agent has no way to tell."""
+        candidates = [f"{directory}/mica-{token}" for directory in self._directories]
+        requests: list[Request[Any]] = [self.agent.open_request(f"{candidate}/l") for candidate in candidates]
+        pause = 0.005
+        while True:
+            *opened, status = await self.agent.batch([*requests, self.agent.status_request(pid)])
+            for candidate, handle in zip(candidates, opened, strict=True):
+                if not isinstance(handle, AgentRefusedError):
+                    await self.agent.file_close(handle)
+                    return candidate
+                if not handle.absent_file:
+                    raise await self.agent.explain(handle) from handle
+            if isinstance(status, AgentRefusedError):
+                raise status
+            if status.exited:
+                raise self._no_directory()
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+
+    def _no_directory(self) -> MicaError:
+        return MicaError(
+            Code.AGENT_FAILED,
+            f"{self.agent.guest} has no place for Mica's files: tried {', '.join(self._directories)}",
+            hint="a directory there must be writable for root and have free space, and mkdir and mkfifo must exist",
+        )
