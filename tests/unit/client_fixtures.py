@@ -41,7 +41,7 @@ class Engine(FakeEngine):
 class Served:
     """The API on ``socket`` while ``start`` is in force; ``engine`` outlives a restart of the server."""
 
-    def __init__(self, socket: Path, engine: FakeEngine | None = None) -> None:
+    def __init__(self, socket: Path, kind: type[FakeEngine]) -> None:
         self.socket = socket
         self.url = f"unix://{socket}"
         self._loop = asyncio.new_event_loop()
@@ -49,11 +49,11 @@ class Served:
         self._thread.start()
         self._stop: asyncio.Event | None = None
         self._serving: Future[None] | None = None
-        self.engine = engine or self.call(self._make_engine())
+        self.engine = self.call(self._make(kind))
 
     @staticmethod
-    async def _make_engine() -> FakeEngine:
-        return Engine()
+    async def _make(kind: type[FakeEngine]) -> FakeEngine:
+        return kind()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it where the engine lives."""
@@ -94,10 +94,10 @@ def _quiet(_logger: object, _method: str, _event: object) -> Any:
 
 
 @contextmanager
-def served() -> Iterator[Served]:
+def served(kind: type[FakeEngine] = Engine) -> Iterator[Served]:
     """In a directory with a short name: pytest's are too long for sockets."""
     directory = Path(tempfile.mkdtemp(prefix="mica-"))
-    api = Served(directory / "api.sock")
+    api = Served(directory / "api.sock", kind)
     try:
         api.start()
         yield api

@@ -366,7 +366,7 @@ def test_doctor_says_what_is_missing_and_its_fix(api: Served, run: Any) -> None:
         assert ended.status == TABLE[Code.HOST_LACKS].exit_status
         assert json.loads(ended.out)["findings"][1]["status"] == "missing"
     finally:
-        del api.engine.doctor  # type: ignore[method-assign]
+        del api.engine.doctor
 
 
 def test_doctor_fixes_what_it_may(api: Served, run: Any, tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_doctor_fixes_what_it_may(api: Served, run: Any, tmp_path: Path) -> None
         _doctor(api, _report(Status.DEGRADED, fix=("no-such-program-here",)))
         assert "cannot run no-such-program-here" in run("doctor", "--fix", "--yes").err
     finally:
-        del api.engine.doctor  # type: ignore[method-assign]
+        del api.engine.doctor
 
 
 def test_the_token_comes_from_a_file(run: Any, tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ LISTENER = textwrap.dedent(
 )
 
 
+def quiet(_text: str) -> None:
+    pass
+
+
 @pytest.fixture
 def place() -> Iterator[Place]:
     directory = Path(tempfile.mkdtemp(prefix="mica-"))
@@ -84,7 +88,7 @@ async def test_it_is_started_once_even_when_many_race(place: Place) -> None:
 async def test_one_that_dies_tells_its_last_words(place: Place) -> None:
     argv = [sys.executable, "-c", "import sys; sys.exit('no luck today')"]
     with pytest.raises(MicaError) as caught:
-        await daemon.ensure(place, os.environ, announce=str, argv=argv)
+        await daemon.ensure(place, os.environ, announce=quiet, argv=argv)
     assert caught.value.code is Code.DAEMON_UNREACHABLE
     assert "status 1" in caught.value.message
     assert "no luck today" in caught.value.hint
@@ -93,7 +97,7 @@ async def test_one_that_dies_tells_its_last_words(place: Place) -> None:
 
 async def test_one_that_never_listens_is_not_waited_for_forever(place: Place) -> None:
     with pytest.raises(MicaError, match="did not answer within 0 s"):
-        await daemon.ensure(place, os.environ, announce=str, timeout_s=0.3, argv=listener(place, 60))
+        await daemon.ensure(place, os.environ, announce=quiet, timeout_s=0.3, argv=listener(place, 60))
 
 
 async def test_one_that_finds_the_home_taken_leaves_the_wait_to_the_owner(place: Place) -> None:
@@ -101,7 +105,7 @@ async def test_one_that_finds_the_home_taken_leaves_the_wait_to_the_owner(place:
     other = await asyncio.create_subprocess_exec(*listener(place, 0.5))
     try:
         argv = [sys.executable, "-c", "import sys; sys.exit(23)"]
-        await daemon.ensure(place, os.environ, announce=str, argv=argv)
+        await daemon.ensure(place, os.environ, announce=quiet, argv=argv)
         assert await daemon.listener_pid(place) == other.pid
     finally:
         other.kill()
@@ -109,7 +113,7 @@ async def test_one_that_finds_the_home_taken_leaves_the_wait_to_the_owner(place:
 
 
 async def test_a_dead_daemons_socket_is_no_daemon(place: Place) -> None:
-    await daemon.ensure(place, os.environ, announce=str, argv=listener(place))
+    await daemon.ensure(place, os.environ, announce=quiet, argv=listener(place))
     ((pid, _),) = started(place)
     os.kill(int(pid), signal.SIGKILL)
     daemon_ended(int(pid))
@@ -118,11 +122,11 @@ async def test_a_dead_daemons_socket_is_no_daemon(place: Place) -> None:
     with pytest.raises(MicaError) as caught:
         await daemon.listener_pid(place)
     assert caught.value.code is Code.DAEMON_UNREACHABLE
-    assert await daemon.ensure(place, os.environ, announce=str, argv=listener(place)) is not None
+    assert await daemon.ensure(place, os.environ, announce=quiet, argv=listener(place)) is not None
 
 
 async def test_stop_waits_until_it_has_ended(place: Place) -> None:
-    pid = await daemon.ensure(place, os.environ, announce=str, argv=listener(place))
+    pid = await daemon.ensure(place, os.environ, announce=quiet, argv=listener(place))
     assert await daemon.stop(place) == pid
     assert pid is not None
     assert daemon.reap(pid) == -signal.SIGTERM
@@ -136,7 +140,7 @@ async def test_stop_gives_up_on_one_that_does_not_listen(place: Place) -> None:
     argv[2] = argv[2].replace(
         "signal.pause()", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(flush=True)\nwhile 1: time.sleep(9)"
     )
-    pid = await daemon.ensure(place, os.environ, announce=str, argv=argv)
+    pid = await daemon.ensure(place, os.environ, announce=quiet, argv=argv)
     while place.log.read_text().count("\n") < 2:
         await asyncio.sleep(0.01)
     with pytest.raises(MicaError) as caught:
@@ -150,7 +154,7 @@ async def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     uid = os.geteuid()
     with pytest.raises(MicaError) as caught:
         await daemon.ensure(
-            Place(tmp_path / "file" / "home", tmp_path / "s", uid, uid), os.environ, announce=str, argv=["none"]
+            Place(tmp_path / "file" / "home", tmp_path / "s", uid, uid), os.environ, announce=quiet, argv=["none"]
         )
     assert caught.value.code is Code.FORBIDDEN
     assert "MICA_HOME" in caught.value.hint
@@ -158,7 +162,7 @@ async def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
 
 async def test_somebody_elses_home_is_not_started_in(tmp_path: Path) -> None:
     with pytest.raises(MicaError) as caught:
-        await daemon.ensure(Place(tmp_path, tmp_path / "s", os.geteuid() + 1, os.geteuid()), {}, announce=str)
+        await daemon.ensure(Place(tmp_path, tmp_path / "s", os.geteuid() + 1, os.geteuid()), {}, announce=quiet)
     assert caught.value.code is Code.DAEMON_UNREACHABLE
     assert not list(tmp_path.iterdir())
 
@@ -171,7 +175,7 @@ def test_a_long_log_is_put_aside(place: Place) -> None:
 
 
 async def _start(place: Place) -> None:
-    await daemon.ensure(place, os.environ, announce=str, argv=listener(place))
+    await daemon.ensure(place, os.environ, announce=quiet, argv=listener(place))
 
 
 def test_a_runtime_directory_that_others_may_change_is_refused(tmp_path: Path) -> None:

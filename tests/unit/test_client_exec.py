@@ -109,14 +109,26 @@ async def test_input_is_not_repeated_after_a_lost_connection(vm: VmHandle, api: 
         await asyncio.to_thread(api.stop)
         await asyncio.to_thread(api.start)
 
-        async def feed() -> None:
-            while True:
-                await command.write(b"x" * 1000)
-                await asyncio.sleep(0)
+        await asyncio.to_thread(api.call, api.engine.say(command.id, "stdout", b"more"))
+        assert await anext(command) == ("stdout", b"more")  # output goes on
+        for late in (command.write(b"twice"), command.close_stdin()):
+            with pytest.raises(MicaError) as caught:
+                await late
+            assert caught.value.code is Code.DAEMON_UNREACHABLE
+        assert not api.engine.commands[command.id].state.final
 
-        with pytest.raises(MicaError) as caught:
-            await feed()
-        assert caught.value.code is Code.DAEMON_UNREACHABLE
+
+async def test_a_connection_that_carried_no_input_may_be_lost(vm: VmHandle, api: Served) -> None:
+    async with vm.exec_stream("cat", stdin=True) as command:
+        await asyncio.to_thread(api.stop)
+        await asyncio.to_thread(api.start)
+        await asyncio.to_thread(api.call, api.engine.say(command.id, "stdout", b"ready"))
+        assert await anext(command) == ("stdout", b"ready")
+        await command.write(b"go")
+        assert await anext(command) == ("stdout", b"go")
+        await command.close_stdin()
+        await command.wait()
+        assert command.result().exit_code == 0
 
 
 async def test_too_much_output_is_refused_to_be_kept(vm: VmHandle) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
+
+from cyclopts import Parameter
 
 from mica.cli.context import Context
 from mica.cli.options import DEFAULTS, Flag, Hidden, Many, Options, VmArg
@@ -17,7 +20,7 @@ _LIVE = (VmState.RUNNING, VmState.PAUSED, VmState.STOPPING)
 async def list_(
     *,
     label: Many = (),
-    trashed: Flag = False,
+    trashed: Annotated[Flag, Parameter(name=["--trashed", "--trash"], negative=())] = False,
     options: Options = DEFAULTS,
     ctx: Annotated[Context, Hidden],
 ) -> None:
@@ -32,8 +35,13 @@ async def list_(
     """
     async with ctx.client() as client:
         vms = await client.vms.list(labels=pairs(label, "label"), trashed=trashed)
-    views = [vm.view for vm in vms]
+    views = sorted((vm.view for vm in vms), key=lambda view: _natural(view.name))
     ctx.emit(views, lambda: _trash(ctx, views) if trashed else _list(ctx, views))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """``vm-2`` before ``vm-10``."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _list(ctx: Context, views: list[VmView]) -> str:

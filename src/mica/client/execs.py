@@ -90,6 +90,7 @@ class ExecStream:
         self._offsets: dict[str, int] = {"stdout": 0, "stderr": 0}
         self._link: Link | None = None
         self._record: ExecRecord | None = None
+        self._fed_on: int | None = None  # the connection that carried input, counted by reconnections
         self.input_refused: MicaError | None = None
         """Why the command takes no more input; what is written then is dropped, as for a program that has ended."""
 
@@ -140,17 +141,27 @@ class ExecStream:
                 return channel, frame[1:]
 
     async def write(self, data: bytes) -> None:
-        """Give it input. Raises ``daemon-unreachable`` when the connection breaks at it."""
-        assert self._link is not None, "enter it first"
+        """Give it input. Raises ``daemon-unreachable`` when the connection that carried input was lost."""
         for start in range(0, len(data), _CHUNK):
             if self.input_refused is not None:
                 return
-            await self._link.send(_STDIN + data[start : start + _CHUNK], again=False)
+            link = self._feedable()
+            self._fed_on = link.reconnects
+            await link.send(_STDIN + data[start : start + _CHUNK], again=False)
 
     async def close_stdin(self) -> None:
-        """Its input ends here."""
+        """Its input ends here. Raises like :meth:`write`: what is not whole must not look as if it were."""
+        await self._feedable().send(_STDIN, again=self._fed_on is None)
+
+    def _feedable(self) -> Link:
         assert self._link is not None, "enter it first"
-        await self._link.send(_STDIN, again=True)
+        if self._fed_on not in (None, self._link.reconnects):
+            raise MicaError(
+                Code.DAEMON_UNREACHABLE,
+                "the connection was lost while input was sent: nobody knows how much of it arrived",
+                hint=f"the command goes on in the guest without it, as exec {self.id}",
+            )
+        return self._link
 
     async def kill(self, signum: int = 15) -> None:
         """Send it a signal of the guest's, SIGTERM by default."""

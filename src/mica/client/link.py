@@ -120,10 +120,11 @@ class Link:
                     try:
                         await self._socket.send(data)
                     except ConnectionClosed as error:
+                        # At its end nobody takes anything any more; whoever receives is told how it ended.
+                        if error.rcvd is not None and (error.rcvd.code == _NORMAL or error.rcvd.code >= _PRIVATE):
+                            return
                         if not again:
                             raise lost(f"WebSocket {self._path}") from error
-                        if self._socket.close_code == _NORMAL:
-                            return
                         self._open.clear()
                     else:
                         return
