@@ -479,14 +479,14 @@ async def test_nics_are_attached_watched_and_detached(found: passt.Passt, short:
         return found
 
     networks = UserNetworks(runtime_dir=short, find=find_passt, owner=owner)
-    machine = vm(NicSpec(name="net0", publish=(Publish(guest_port=22),)), NicSpec(name="off", network="none"))
+    machine = vm(NicSpec(name="a" * 63, publish=(Publish(guest_port=22),)), NicSpec(name="off", network="none"))
     nics: list[NicRuntime] = []
     try:
         nics = [await networks.attach(machine, nic.name) for nic in machine.spec.nics]
         assert nics[0].publish[0].host_port > 0
         assert Path(nics[0].handle["socket"]).is_socket()
         assert "socket" not in nics[1].handle
-        again = await networks.attach(machine, "net0")  # replaces the first
+        again = await networks.attach(machine, "a" * 63)  # replaces the first
         assert not await networks.healthy(nics[0])
         nics[0] = again
         for nic in nics:

@@ -58,8 +58,9 @@ class UserNetworks:
         # A restart within moments finds its own old ports taken by the passt that is about to be replaced.
         await passt.stop_left(directory)
         publish = tuple(reserve(spec.publish))
-        self._root.mkdir(parents=True, exist_ok=True, mode=0o711)
-        directory.parent.mkdir(exist_ok=True, mode=0o711)
+        for parent in (self._root, directory.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            parent.chmod(0o711)  # whatever the umask: passt's own user has to pass
         link = Link(directory=directory, addresses=given, publish=publish, owner=self._owner(vm.slot))
         handle = await passt.start(tool, link)
         return NicRuntime(
