@@ -145,6 +145,7 @@ class Builder:
             log_dir=s.log_dir,
             join_slice=share.join,
             clock=self.clock,
+            also_reduced=share.reduced,
         )
 
     def networks(self) -> UserNetworks:

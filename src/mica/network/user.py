@@ -67,6 +67,7 @@ class UserNetworks:
             name=nic,
             address=given.address.partition("/")[0],
             publish=publish,
+            reduced=handle.reduced,
             handle={"kind": "stream", "socket": handle.socket, "passt": msgspec.to_builtins(handle)},
         )
 

@@ -72,6 +72,7 @@ class QemuHypervisor:
         log_dir: Path,
         join_slice: Callable[[dict[str, Any], int], Awaitable[None]],
         clock: Clock,
+        also_reduced: tuple[str, ...] = (),
     ) -> None:
         self._probe = probe
         self._found: tuple[QemuHost, Jail] | None = None
@@ -82,6 +83,7 @@ class QemuHypervisor:
         self._log_dir = log_dir
         self._join_slice = join_slice
         self._clock = clock
+        self._also_reduced = also_reduced
         self._attached: dict[str, QemuMachine] = {}
 
     async def look(self) -> None:
@@ -216,12 +218,13 @@ class QemuHypervisor:
             nics=plan.nics,
             slice=plan.slice,
             handle=msgspec.to_builtins(handle),
-            reduced=self.reduced(),
+            reduced=(*self.reduced(), *(text for n in plan.nics for text in n.reduced)),
         )
 
     def reduced(self) -> tuple[str, ...]:
         """What machines do not get on this host, in words."""
-        return (*((TCG_WARNING,) if self._host.accelerator is Accelerator.TCG else ()), *self._jail.reduced)
+        emulated = (TCG_WARNING,) if self._host.accelerator is Accelerator.TCG else ()
+        return (*emulated, *self._jail.reduced, *self._also_reduced)
 
     async def _connect(
         self, name: str, jailed: Jailed, sockets: Sockets, messages: Path, log_offset: int, spec: VmSpec
