@@ -1,9 +1,10 @@
 """Processes that outlive the daemon: start them, find them again, wait for them, signal them, measure them.
 
 A pid alone names nothing: it is reused, and a dead child stays visible as a zombie until somebody reaps it, so
-``kill(pid, 0)`` lies. A :class:`~mica.model.vm.ProcessRef` therefore carries the pid, the start time in clock ticks since boot and
-the boot's id; :func:`find` opens a pidfd first and compares afterwards, so nothing can slip in between (pidfd_open(2),
-proc(5) field 22 of ``/proc/PID/stat``). From then on every signal goes through the pidfd and cannot hit a stranger.
+``kill(pid, 0)`` lies. A :class:`~mica.model.vm.ProcessRef` therefore carries the pid, the start time in clock ticks
+since boot and the boot's id; :func:`find` opens a pidfd first and compares afterwards, so nothing can slip in between
+(pidfd_open(2), proc(5) field 22 of ``/proc/PID/stat``). From then on every signal goes through the pidfd and cannot
+hit a stranger.
 
     spawn() ──► LiveProcess ◄── find(ref)          alive ──► ended (zombie or gone: the pidfd turns readable)
 """
