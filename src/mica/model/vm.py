@@ -163,13 +163,15 @@ class ProcessRef(msgspec.Struct, frozen=True):
 class NicRuntime(msgspec.Struct, frozen=True, kw_only=True):
     """A NIC as it is attached: an opaque handle of the network adapter, and what the user wants to know of it.
 
-    ``reduced`` says in words what the network does not give on this host.
+    ``processes`` work for this NIC alone and belong into the VM's control group. ``reduced`` says in words what the
+    network does not give on this host.
     """
 
     name: str
     address: str = ""
     publish: tuple[Publish, ...] = ()
     reduced: tuple[str, ...] = ()
+    processes: tuple[ProcessRef, ...] = ()
     handle: dict[str, Any] = {}
 
 

@@ -68,6 +68,7 @@ class UserNetworks:
             address=given.address.partition("/")[0],
             publish=publish,
             reduced=handle.reduced,
+            processes=handle.processes,
             handle={"kind": "stream", "socket": handle.socket, "passt": msgspec.to_builtins(handle)},
         )
 
