@@ -45,6 +45,7 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
         share = await slices.detect(
             root=builder.root, prefix=f"mica-{settings.runtime_dir.name}", environment=settings.session
         )
+        stack.callback(share.retire)
         hypervisor = builder.hypervisor(share)
         stack.push_async_callback(hypervisor.close)
         await hypervisor.look()

@@ -58,6 +58,9 @@ class HostSlices(Protocol):
     def present(self) -> dict[str, dict[str, Any]]:
         """VM id → handle of every group there is, for the reaper."""
 
+    def retire(self) -> None:
+        """The daemon ends: remove the groups above the VMs' where no VM is left in them."""
+
 
 class NoSlices(msgspec.Struct, frozen=True):
     """A host without usable control groups: VMs run without ceilings, and everybody is told."""
@@ -90,6 +93,9 @@ class NoSlices(msgspec.Struct, frozen=True):
 
     def present(self) -> dict[str, dict[str, Any]]:
         return {}
+
+    def retire(self) -> None:
+        return None
 
 
 async def detect(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mica.model.errors import Code, MicaError, invalid
@@ -128,3 +129,10 @@ def refuse_below_use(limit: int, used: int, vm_id: str) -> None:
             hint="balloon it or stop it first",
             details={"used": used, "limit": limit},
         )
+
+
+def retire(directories: Iterable[Path]) -> None:
+    """Remove groups that have no group and no process in them; those that have stay."""
+    for directory in set(directories):
+        with contextlib.suppress(OSError):
+            directory.rmdir()

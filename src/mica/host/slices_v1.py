@@ -94,6 +94,9 @@ class SlicesV1:
             for name in sorted(names)
         }
 
+    def retire(self) -> None:
+        files.retire(self._roots.values())
+
 
 def _paths(handle: dict[str, Any]) -> dict[str, Path]:
     return {name: Path(path) for name, path in handle.get("paths", {}).items()}

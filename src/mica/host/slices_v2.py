@@ -119,6 +119,9 @@ class SlicesV2:
     async def remove(self, handle: dict[str, Any]) -> None:
         await files.remove([Path(handle["path"])], self._remove_timeout_s)
 
+    def retire(self) -> None:
+        files.retire([self._root])
+
     def present(self) -> dict[str, dict[str, Any]]:
         try:
             entries = [entry for entry in self._root.iterdir() if entry.is_dir() and not entry.name.startswith("mica-")]

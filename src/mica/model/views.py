@@ -71,8 +71,8 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
 class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``POST /v1/vms``. What is left out comes from the image; ``image`` is a name or digest, empty for none.
 
-    ``name`` empty: one is made from the image's. ``disk`` is the size of the root disk (at least the image's), ``disks``
-    are further, empty ones. ``start`` starts it too, ``overcommit`` insists where memory does not suffice.
+    ``name`` empty: one is made from the image's. ``disk`` is the size of the root disk (at least the image's),
+    ``disks`` are further, empty ones. ``start`` starts it too, ``overcommit`` insists where memory does not suffice.
     """
 
     name: str = ""
@@ -108,7 +108,7 @@ class VmStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VmStop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``force`` does not ask the guest; ``timeout_s`` is how long it is asked before it is forced (spec's if ``None``)."""
+    """``force`` does not ask the guest; ``timeout_s`` is how long it is asked before that (``None``: the spec's)."""
 
     force: bool = False
     timeout_s: float | None = None

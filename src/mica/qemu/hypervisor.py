@@ -190,11 +190,7 @@ class QemuHypervisor:
             user=user,
             limits=ResourceLimits(file_size=largest, core=0),
         )
-        for process in (ref for nic in plan.nics for ref in nic.processes):
-            live = find(process)
-            if live is not None:
-                with live:
-                    await self._join_slice(plan.slice, live.pid)
+        await self._join_networks(plan)
         started_at = self._clock.now()
         jailed = await start(
             self._jail,
@@ -227,6 +223,14 @@ class QemuHypervisor:
             handle=msgspec.to_builtins(handle),
             reduced=(*self.reduced(), *(text for n in plan.nics for text in n.reduced)),
         )
+
+    async def _join_networks(self, plan: LaunchPlan) -> None:
+        """What works for the VM's NICs counts as the VM's."""
+        for process in (ref for nic in plan.nics for ref in nic.processes):
+            live = find(process)
+            if live is not None:
+                with live:
+                    await self._join_slice(plan.slice, live.pid)
 
     def reduced(self) -> tuple[str, ...]:
         """What machines do not get on this host, in words."""
