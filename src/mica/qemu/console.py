@@ -11,6 +11,7 @@ and QEMU, which appends, notices nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 from collections.abc import AsyncIterator
@@ -27,6 +28,8 @@ KEEP = 1024 * 1024
 FIRST_LOOK = 64 * 1024
 CHUNK = 64 * 1024
 WRITE_TIMEOUT_S = 10.0
+# How long a guest has for what was typed just before the last one left.
+LINGER_S = 2.0
 # After the doorbell the log may be a moment behind.
 SETTLE_S = 0.005
 
@@ -44,6 +47,7 @@ class _Line:
         self.bell = asyncio.Condition()
         self.rung = 0
         self.ended = False
+        self.typed = False
         self.task: asyncio.Task[None] | None = None
         self.opening = asyncio.Lock()
 
@@ -85,6 +89,7 @@ class Consoles:
         async with self._watch(vm_id, socket) as line:
             if line.writer is None:
                 raise MicaError(Code.STATE_CONFLICT, "the VM has ended, its console takes no input")
+            line.typed = True
             line.writer.write(data)
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
@@ -194,6 +199,11 @@ class Consoles:
         await _ring(line)
 
     async def _hang_up(self, line: _Line) -> None:
+        if line.typed and line.task is not None and line.writer is not None and not line.ended:
+            # QEMU forgets what it has not read when the connection ends; one that only says no more is read out.
+            with contextlib.suppress(OSError):
+                line.writer.write_eof()
+                await asyncio.wait({line.task}, timeout=LINGER_S)
         if line.task is not None:
             line.task.cancel()
             await asyncio.wait({line.task})
