@@ -18,19 +18,29 @@ import structlog
 
 from mica.engine.deadline import within
 from mica.engine.definition import Definition, Env
+from mica.engine.journal import IllegalJournal
 from mica.engine.saga import Canceller, Runner
-from mica.engine.settle import set_state, settle
-from mica.model.errors import MicaError
+from mica.engine.settle import NOT_DELETED, moved, never_ran, set_state, settle
+from mica.model.errors import Code, MicaError, Problem
 from mica.model.operation import Operation, OperationState
 from mica.model.transitions import LIVE, VmVerb
-from mica.model.vm import AgentState, VmObserved, VmState
+from mica.model.vm import AgentState, VmObserved, VmRuntime, VmState
 from mica.ports.hypervisor import EventKind, Exit, Machine, MachineEvent, RunState
 
 log = structlog.get_logger()
 replace = msgspec.structs.replace
 
+# States in which only an operation can leave a VM.
+HALFWAY = frozenset({VmState.CREATING, VmState.DELETING})
+
 # Between the last word of a dying QEMU's monitor and the end of its process. Seconds.
 DYING_S = 2.0
+
+# How long looking at a machine may take, and putting away what is left of one that has ended. Seconds.
+LOOK_S = 120.0
+
+# Longest pause between two attempts to go on with an operation while the store fails. Seconds.
+MAX_PAUSE_S = 30.0
 
 
 class Waiting:
@@ -52,6 +62,7 @@ class Actor:
         self._waiting: deque[Waiting] = deque()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._failures = 0
         self.lock = asyncio.Lock()
 
     def start(self) -> None:
@@ -63,9 +74,9 @@ class Actor:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    @property
-    def idle(self) -> bool:
-        return not self._waiting
+    def at_rest(self) -> bool:
+        """Nobody would miss this actor: it has nothing to do and nobody is giving it anything."""
+        return not self._waiting and not self.lock.locked()
 
     @property
     def waiting(self) -> tuple[Operation, ...]:
@@ -92,15 +103,35 @@ class Actor:
             await self._wake.wait()
 
     async def _run_next(self) -> None:
+        """Run the first in the inbox to its end. While the store fails try again: what was accepted is not lost."""
         first = self._waiting[0]
         try:
             first.operation = (await self._env.records.operations.need(first.operation.id)).value
             if not first.operation.state.ended and first.operation.state is not OperationState.STUCK:
-                definition = self._definitions[first.operation.verb]
+                definition = self._definitions.get(first.operation.verb)
+                if definition is None:
+                    raise IllegalJournal(f"this Mica has no verb {first.operation.verb}")
                 await Runner(self._env, definition, first.operation, first.canceller).run()
+        except IllegalJournal as error:
+            log.exception("operation cannot be followed", operation=first.operation.id)
+            await self._give_up(first.operation, str(error))
         except Exception:  # the root of this task: one broken operation must not end the actor
             log.exception("operation could not be run", operation=first.operation.id)
+            self._failures += 1
+            await self._env.clock.sleep(min(2.0**self._failures, MAX_PAUSE_S))
+            return
+        self._failures = 0
         self._waiting.popleft()
+
+    async def _give_up(self, operation: Operation, why: str) -> None:
+        """No journal to go by: an operator decides. If not even that can be written, the next daemon tries again."""
+        problem = Problem(Code.INTERNAL, f"the operation cannot be followed: {why}", hint="resolve it with `accept`")
+        try:
+            await self._env.records.operations.update(
+                operation.id, lambda o: replace(o, state=OperationState.STUCK, problem=problem)
+            )
+        except MicaError:
+            log.exception("operation could not be marked as stuck", operation=operation.id)
 
 
 class VmActor(Actor):
@@ -120,23 +151,37 @@ class VmActor(Actor):
         self._on_settled = on_settled
         self._listener: asyncio.Task[None] | None = None
         self._look = False
+        self._looking = False
         self._exit: Exit | None = None
+        self._told: AgentState | None = None
 
     async def attach(self) -> Machine | None:
         """Connect by the recorded runtime; ``None`` when there is none or its process is gone."""
         if self.machine is not None:
-            return self.machine
+            return self.machine if self._exit is None else None
         status = await self._env.records.statuses.get(self.vm_id)
         if status is None or status.value.runtime is None:
             return None
         self.machine = await self._env.hypervisor.attach(status.value.runtime)
         if self.machine is not None:
             self._exit = None
+            self._told = None
             self._listener = self._group.create_task(self._listen(self.machine), name=f"events {self.vm_id}")
         return self.machine
 
+    async def ended(self) -> bool:
+        """Whether there is no process any more. One that is just dying gets a moment for it."""
+        try:
+            if self.machine is None:
+                return await self.attach() is None
+            self._exit = self._exit or await self._ended_within(self.machine, DYING_S)
+        except MicaError:
+            return False  # it does not answer, so it is there
+        return self._exit is not None
+
     def detach(self) -> None:
         self.machine = None
+        self._exit = None
         if self._listener is not None:
             self._listener.cancel()
             self._listener = None
@@ -156,9 +201,12 @@ class VmActor(Actor):
         try:
             async for event in machine.events():
                 self._heard(event)
-        except MicaError as error:
-            log.warning("lost sight of a machine", vm=self.vm_id, error=error.message)
-        self._exit = await machine.ended()
+        except Exception:  # the root of this task; looking now and then goes on
+            log.exception("lost sight of a machine", vm=self.vm_id)
+        try:
+            self._exit = await machine.ended()
+        except Exception:
+            log.exception("cannot wait for the end of a machine", vm=self.vm_id)
         self.look()
 
     def _heard(self, event: MachineEvent) -> None:
@@ -171,43 +219,62 @@ class VmActor(Actor):
         while True:
             # Cleared before looking at what there is to do: a wish that comes in meanwhile wakes us again.
             self._wake.clear()
-            if self._waiting:
-                await self._run_next()
-                self.look()
-            elif self._look:
+            if self._look and not self._begun:
                 self._look = False
                 await self._observe_safely()
+            elif self._waiting:
+                await self._run_next()
+                self.look()
             else:
                 await self._wake.wait()
+
+    @property
+    def _begun(self) -> bool:
+        """The first operation has begun already, in an earlier life perhaps: it alone moves the observed state."""
+        return bool(self._waiting) and self._waiting[0].operation.state is not OperationState.QUEUED
 
     async def _first_look(self) -> None:
         """After the daemon started: find the machine, unless an interrupted operation will see to that."""
         try:
-            await self.attach()
-        except MicaError as error:
-            log.warning("a machine does not answer", vm=self.vm_id, error=error.message)
+            async with within(self._env.clock, LOOK_S):
+                await self.attach()
+        except (MicaError, TimeoutError) as error:
+            log.warning("a machine does not answer", vm=self.vm_id, error=str(error))
+        except Exception:  # the root of this task
+            log.exception("a machine does not answer", vm=self.vm_id)
         self._look = True
 
+    def at_rest(self) -> bool:
+        return super().at_rest() and self.machine is None and not self._look and not self._looking
+
     async def _observe_safely(self) -> None:
+        self._looking = True
         try:
-            await self._observe()
-        except MicaError as error:
-            log.warning("could not look at a machine", vm=self.vm_id, error=error.message)
+            async with within(self._env.clock, LOOK_S):
+                await self._observe()
+        except (MicaError, TimeoutError) as error:
+            log.warning("could not look at a machine", vm=self.vm_id, error=str(error))
         except Exception:  # the root of this task
             log.exception("could not look at a machine", vm=self.vm_id)
+        finally:
+            self._looking = False
 
     async def _observe(self) -> None:
         row = await self._env.records.statuses.get(self.vm_id)
         if row is None:
             return
         status = row.value
+        if status.observed.state in HALFWAY:
+            await self._leave_halfway()
         if status.observed.state not in LIVE:
+            return
+        if status.runtime is None:
+            await never_ran(self._env, self.vm_id)
             return
         gone = self._exit
         watched = self.machine is not None
         if gone is None and await self.attach() is None:
-            runtime = status.runtime
-            gone = await self._env.hypervisor.autopsy(runtime) if runtime else Exit(clean=False)
+            gone = await self._env.hypervisor.autopsy(status.runtime)
         if gone is not None:
             self._exit = None
             await settle(self._env, self.vm_id, gone, watched=watched)
@@ -225,8 +292,33 @@ class VmActor(Actor):
             raise
         if seen.run is RunState.SHUTDOWN:
             return  # its process is about to end, and then we settle
+        self._tell_guests(status.runtime, seen.agent)
         state = VmState.RUNNING if seen.run is RunState.RUNNING else VmState.PAUSED
         await set_state(self._env, self.vm_id, lambda o: self._seen(o, state, seen.reason, seen.agent))
+
+    async def _leave_halfway(self) -> None:
+        """Made or deleted in part, and no operation is left that would go on: an operator has accepted that."""
+        records = self._env.records
+        rows = (await records.operations.scan()).values()
+        if any(o.value.target == self.target and not o.value.state.ended for o in rows):
+            return
+        vm = (await records.vms.need(self.vm_id)).value
+
+        def left(observed: VmObserved) -> VmObserved:
+            if observed.state is VmState.CREATING:
+                return moved(self._env, observed, VmState.STOPPED, "not fully created")
+            if observed.state is VmState.DELETING:
+                state = VmState.CRASHED if vm.deleted_at is None else VmState.TRASHED
+                return moved(self._env, observed, state, NOT_DELETED)
+            return observed
+
+        await set_state(self._env, self.vm_id, left)
+
+    def _tell_guests(self, runtime: VmRuntime, agent: AgentState) -> None:
+        """Whoever waits for the agent's port hears of it at once."""
+        if agent is not self._told:
+            self._env.guests.port_changed(self.vm_id, runtime, opened=agent is AgentState.READY)
+            self._told = agent
 
     def _seen(self, observed: VmObserved, state: VmState, reason: str, agent: AgentState) -> VmObserved:
         since = observed.since if observed.state is state else self._env.clock.now()

@@ -48,6 +48,15 @@ def room(capacity: Capacity, ledger: Ledger, running: Sequence[Candidate], reser
     return Room(capacity.memory - reserve - reserved, capacity.available - reserve - untouched, ram)
 
 
+def with_room(capacity: Capacity, used: int) -> Capacity:
+    """``capacity`` as it is once a VM that uses so many bytes now has ended."""
+    return msgspec.structs.replace(
+        capacity,
+        available=Bytes(capacity.available + used),
+        ram_free=Bytes(min(capacity.ram_free + used, capacity.ram_total)),
+    )
+
+
 def _stoppable(candidates: Sequence[Candidate], missing: int) -> tuple[Candidate, ...]:
     """The fewest VMs, longest idle first, whose stop frees ``missing`` bytes; empty when all together do not."""
     chosen: list[Candidate] = []
@@ -99,7 +108,7 @@ def admit(
     if wanted <= left.promised and wanted <= left.free and (left.ram is None or need.ram <= left.ram):
         return
     # Guest RAM beyond the file system that holds it would end in SIGBUS, not in swapping: nobody may insist on that.
-    beyond = left.ram is not None and need.ram > capacity.ram_total
+    beyond = left.ram is not None and need.ram > left.ram
     if overcommit and not beyond:
         return
     least = max(0, left.least)

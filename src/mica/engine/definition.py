@@ -97,6 +97,12 @@ class Machines(Protocol):
     def detach(self, vm_id: str) -> None:
         """Forget the machine: its process is gone."""
 
+    async def ended(self, vm_id: str) -> bool:
+        """Whether the VM has no process any more. One that is just dying gets a moment for it."""
+
+    def wanted(self, vm_id: str, *, but: str = "") -> bool:
+        """Whether an operation that was accepted, other than ``but``, will bring the VM up."""
+
 
 @dataclass(frozen=True)
 class Ports:
@@ -150,12 +156,16 @@ Undo = Callable[[Context], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Step:
-    """``cancellable``: ``do`` may be interrupted where it stands, its ``undo`` cleans up. ``timeout_s`` bounds each."""
+    """``cancellable``: ``do`` may be interrupted where it stands, its ``undo`` cleans up. ``timeout_s`` bounds each.
+
+    ``follows``: once the step before is done there is no way back before this one, whoever wants to cancel.
+    """
 
     name: str
     do: Do
     undo: Undo | None = None
     cancellable: bool = True
+    follows: bool = False
     timeout_s: float = 120.0
 
 
@@ -177,7 +187,11 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Definition:
-    """One verb. ``noun`` is what it works on; ``state_verb`` ties it to the table of transitions."""
+    """One verb. ``noun`` is what it works on; ``state_verb`` ties it to the table of transitions.
+
+    ``anchored``: the first step does nothing, and its undo takes back what ``plan`` wrote; so a request that comes to
+    nothing while it waits is taken back too.
+    """
 
     verb: str
     noun: str
@@ -187,3 +201,4 @@ class Definition:
     state_verb: VmVerb | None = None
     result: Callable[[Context], dict[str, Any]] = lambda _context: {}
     creates: bool = False
+    anchored: bool = False

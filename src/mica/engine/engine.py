@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 import msgspec
 import structlog
 
-from mica.engine.actor import Actor, VmActor, vm_verbs
+from mica.engine.actor import HALFWAY, Actor, VmActor, vm_verbs
+from mica.engine.deadline import within
 from mica.engine.definition import Definition, Env, Ports, Proposal
 from mica.engine.inbox import decide
 from mica.engine.reconcilers import make_loops
@@ -22,13 +23,16 @@ from mica.engine.views import Views
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Actor as By
 from mica.model.operation import Operation, OperationState
-from mica.model.transitions import LIVE, Answer
+from mica.model.transitions import LIVE, Answer, VmVerb
 from mica.model.views import VmDelete
 from mica.ports.hypervisor import Machine
 from mica.ports.store import ABSENT, Conflict
 
 log = structlog.get_logger()
 replace = msgspec.structs.replace
+
+# How long judging a request may take; asking QEMU for the first time what it can do is a part of that. Seconds.
+PLAN_S = 120.0
 
 ENGINE = By("mica", "engine")
 
@@ -77,7 +81,7 @@ class Engine:
         for operation in sorted(unfinished, key=lambda o: (o.state is OperationState.QUEUED, o.created_at)):
             self._actor(operation.target).enqueue(operation)
         for vm_id, status in (await records.statuses.scan()).items():
-            if status.value.observed.state in LIVE:
+            if status.value.observed.state in LIVE | HALFWAY:
                 self._actor(f"vm/{vm_id}")
         for actor in [*self._vms.values(), *self._others.values()]:
             actor.start()
@@ -102,13 +106,14 @@ class Engine:
     async def retire_idle(self) -> None:
         """Actors are cheap but not free: let those go that have no machine and nothing to do."""
         for vm_id, actor in list(self._vms.items()):
-            if actor.idle and actor.machine is None and not actor.lock.locked():
+            if actor.at_rest():
                 status = await self.env.records.statuses.get(vm_id)
-                if (status is None or status.value.observed.state not in LIVE) and actor.idle:
+                down = status is None or status.value.observed.state not in LIVE
+                if down and actor.at_rest():
                     self._vms.pop(vm_id, None)
                     await actor.stop()
         for target, other in list(self._others.items()):
-            if other.idle and not other.lock.locked():
+            if other.at_rest():
                 self._others.pop(target, None)
                 await other.stop()
 
@@ -141,6 +146,14 @@ class Engine:
         actor = self._vms.get(vm_id)
         if actor is not None:
             actor.detach()
+
+    async def ended(self, vm_id: str) -> bool:
+        actor = self._vms.get(vm_id)
+        return await actor.ended() if actor else True
+
+    def wanted(self, vm_id: str, *, but: str = "") -> bool:
+        up = (VmVerb.START, VmVerb.RESTART)
+        return any(o.verb in up and o.id != but for o in self.waiting(vm_id))
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -228,7 +241,8 @@ class Engine:
                 raise decision.error
             answer = decision.answer
         if answer is Answer.ACCEPT:
-            await definition.plan(proposal)
+            async with within(env.clock, PLAN_S):
+                await definition.plan(proposal)
         now = env.clock.now()
         operation = Operation(
             id=str(uuid.uuid4()),
@@ -279,8 +293,11 @@ class Engine:
             return replace(operation, state=OperationState.UNWINDING, journal=kept)
 
         operation = (await self.env.records.operations.update(operation_id, change)).value
+        actor = self._actor(operation.target, start=True)
         if how == "retry":
-            self._actor(operation.target, start=True).enqueue(operation)
+            actor.enqueue(operation)
+        elif isinstance(actor, VmActor):
+            actor.look()
         return operation
 
 

@@ -45,9 +45,9 @@ def decide(
         )
         return Decision(Answer.DENY, expected, error)
     said = answer(verb, expected)
-    # An "already so" holds only when nothing is under way that could still fail.
-    if said is Answer.IGNORE and waiting:
-        said = Answer.IGNORE if expected is state else Answer.DENY
+    # An "already so" holds only when nothing is under way that could still change it, or fail to.
+    if said is Answer.IGNORE and any(RULES[w].leads_to not in (None, state) for w in waiting):
+        said = Answer.DENY
     if said is not Answer.DENY:
         return Decision(said, expected)
     after = f" once its {waiting[-1]} has ended" if waiting else ""
@@ -58,3 +58,19 @@ def decide(
         details={"state": state.value, "expected": expected.value},
     )
     return Decision(Answer.DENY, expected, error)
+
+
+def judge(name: str, state: VmState, verb: VmVerb, *, stops_first: bool = False) -> Decision:
+    """A request that was accepted and whose turn has come: it may be otherwise by now than was expected."""
+    if stops_first and state in LIVE:
+        return Decision(Answer.ACCEPT, state)
+    said = answer(verb, state)
+    if said is not Answer.DENY:
+        return Decision(said, state)
+    error = MicaError(
+        Code.STATE_CONFLICT,
+        f"VM {name} is {state} by now; {verb.removeprefix('vm.')} is not possible",
+        hint=RULES[verb].hint,
+        details={"state": state.value},
+    )
+    return Decision(Answer.DENY, state, error)

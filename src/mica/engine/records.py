@@ -186,16 +186,17 @@ class Records:
     async def promise(self, vm_id: str, memory: Reservation | None) -> None:
         """Promise exactly that to a VM that was admitted, or nothing any more. Idempotent."""
 
-        async def write(draft: Draft) -> None:
-            ledger = await self.read_ledger()
-            if ledger.value.reserved.get(vm_id) == memory:
-                return
-            new = {k: v for k, v in ledger.value.reserved.items() if k != vm_id}
-            if memory is not None:
-                new[vm_id] = memory
-            draft.put(self.ledger, "memory", Ledger(new), ledger.generation)
+        await self.transact(lambda draft: self.draft_promise(draft, vm_id, memory))
 
-        await self.transact(write)
+    async def draft_promise(self, draft: Draft, vm_id: str, memory: Reservation | None) -> None:
+        """:meth:`promise` as a part of ``draft``."""
+        ledger = await self.read_ledger()
+        if ledger.value.reserved.get(vm_id) == memory:
+            return
+        new = {k: v for k, v in ledger.value.reserved.items() if k != vm_id}
+        if memory is not None:
+            new[vm_id] = memory
+        draft.put(self.ledger, "memory", Ledger(new), ledger.generation)
 
     async def release(self, vm_id: str) -> None:
         """Take back what was promised to a VM. Idempotent."""

@@ -16,10 +16,13 @@ import structlog
 from mica.engine import journal as rule
 from mica.engine.deadline import within
 from mica.engine.definition import Context, Definition, Env, Step, to_plain
+from mica.engine.inbox import Decision, judge
 from mica.engine.journal import Next
-from mica.model.errors import Code, MicaError, Problem
+from mica.model.errors import Code, MicaError, Problem, not_found
 from mica.model.operation import JournalEntry, Operation, OperationState, StepEvent
+from mica.model.transitions import Answer, VmVerb
 from mica.model.units import format_duration
+from mica.model.vm import VmState
 
 log = structlog.get_logger()
 replace = msgspec.structs.replace
@@ -69,17 +72,15 @@ class Runner:
             await self._settle_progress()
 
     async def _run(self) -> Operation:
-        if self._operation.state is OperationState.QUEUED:
-            if self._canceller.requested:
-                return await self._end(OperationState.CANCELLED, _cancelled())
-            await self._write(
-                lambda o: replace(o, state=OperationState.RUNNING, started_at=self._env.clock.now()), durable=False
-            )
+        if not self._operation.journal and self._operation.state is not OperationState.UNWINDING:
+            ended = await self._begin()
+            if ended is not None:
+                return ended
         while True:
             unwind = self._operation.state is OperationState.UNWINDING
             action = rule.next_action(self._names, self._operation.journal, unwind=unwind)
             match action.next:
-                case Next.DO if self._canceller.requested:
+                case Next.DO if self._canceller.requested and not self._must_go_on(action.step):
                     await self._write(lambda o: replace(o, state=OperationState.UNWINDING, problem=_cancelled()))
                 case Next.DO:
                     await self._do(self._step(action.step))
@@ -89,10 +90,46 @@ class Runner:
                     return await self._end(OperationState.SUCCEEDED, None)
                 case Next.FAILED:
                     problem = self._operation.problem or Problem(Code.INTERNAL, "it failed without saying why")
-                    ended = OperationState.CANCELLED if problem.code is Code.CANCELLED else OperationState.FAILED
-                    return await self._end(ended, problem)
+                    return await self._end(_state_of(problem), problem)
                 case Next.STUCK:
                     return await self._write(lambda o: replace(o, state=OperationState.STUCK))
+
+    async def _begin(self) -> Operation | None:
+        """Its turn has come: go on if that is still wanted and possible; else end, and take back what was claimed."""
+        decision = await self._judge()
+        if decision.answer is Answer.IGNORE:
+            return await self._end(OperationState.SUCCEEDED, None, {"already": True})
+        denied = decision.error.problem() if decision.error else None
+        problem = _cancelled() if self._canceller.requested else denied
+        now = self._env.clock.now()
+        if problem is None:
+            await self._write(lambda o: replace(o, state=OperationState.RUNNING, started_at=now), durable=False)
+            return None
+        if not self._definition.anchored:
+            return await self._end(_state_of(problem), problem)
+        first = self._names[0]
+        entries = (
+            JournalEntry(first, StepEvent.STARTED, now),
+            JournalEntry(first, StepEvent.FAILED, now, error=problem.message),
+        )
+        await self._write(lambda o: replace(o, state=OperationState.UNWINDING, problem=problem, journal=entries))
+        return None
+
+    async def _judge(self) -> Decision:
+        verb, operation = self._definition.state_verb, self._operation
+        if verb is None:
+            return Decision(Answer.ACCEPT, VmState.CREATING)
+        status = await self._env.records.statuses.get(operation.target.partition("/")[2])
+        if status is None:
+            return Decision(Answer.DENY, VmState.GONE, not_found("VM", operation.target_name))
+        forced = verb in (VmVerb.DELETE, VmVerb.PURGE) and bool(operation.params.get("force"))
+        return judge(operation.target_name, status.value.observed.state, verb, stops_first=forced)
+
+    def _must_go_on(self, name: str) -> bool:
+        """No way back before this step: it belongs to the one before, or was begun and cannot be interrupted."""
+        step = self._step(name)
+        begun = any(entry.step == name for entry in self._operation.journal)
+        return step.follows or (begun and not step.cancellable)
 
     def _step(self, name: str) -> Step:
         return next(step for step in self._steps if step.name == name)
@@ -183,14 +220,18 @@ class Runner:
             lambda o: replace(o, journal=(*o.journal, entry), step=o.step if text is None else text), durable=durable
         )
 
-    async def _end(self, state: OperationState, problem: Problem | None) -> Operation:
-        result = self._definition.result(self._context()) if state is OperationState.SUCCEEDED else {}
+    async def _end(
+        self, state: OperationState, problem: Problem | None, result: dict[str, Any] | None = None
+    ) -> Operation:
+        if result is None:
+            result = self._definition.result(self._context()) if state is OperationState.SUCCEEDED else {}
         now = self._env.clock.now()
         ended = await self._write(
             lambda o: replace(
                 o,
                 state=state,
                 problem=problem,
+                started_at=o.started_at or now,
                 ended_at=now,
                 step="",
                 result=msgspec.to_builtins(result),
@@ -241,6 +282,10 @@ class Runner:
 
 def _too_slow(step: Step) -> MicaError:
     return MicaError(Code.TIMEOUT, f"step {step.name} took longer than {format_duration(step.timeout_s)}")
+
+
+def _state_of(problem: Problem) -> OperationState:
+    return OperationState.CANCELLED if problem.code is Code.CANCELLED else OperationState.FAILED
 
 
 def _cancelled() -> Problem:

@@ -7,12 +7,16 @@ from collections.abc import Callable
 import msgspec
 
 from mica.engine.definition import Env
+from mica.engine.records import Draft
 from mica.model.errors import Code, Problem
 from mica.model.transitions import FOLLOWS
 from mica.model.vm import AgentState, VmObserved, VmState, VmStatus
 from mica.ports.hypervisor import Exit
 
 replace = msgspec.structs.replace
+
+# Why a VM whose deletion came to nothing is where it is: its disks may be gone.
+NOT_DELETED = "not fully deleted"
 
 
 async def set_state(env: Env, vm_id: str, change: Callable[[VmObserved], VmObserved]) -> VmStatus:
@@ -52,19 +56,32 @@ async def take_down(env: Env, vm_id: str, *, clean: bool) -> None:
         await env.volumes.settled(vm_id)
 
 
-async def stopped(env: Env, vm_id: str, state: VmState, reason: str, problem: Problem | None = None) -> None:
-    """Record that the VM has no process any more, and give back what it was promised."""
-    await env.records.statuses.update(
-        vm_id,
-        lambda s: replace(
-            s,
-            runtime=None,
-            observed=replace(
-                moved(env, s.observed, state, reason, problem), agent=AgentState.ABSENT, started_at=None, addresses=()
-            ),
-        ),
-    )
-    await env.records.release(vm_id)
+async def stopped(
+    env: Env, vm_id: str, state: VmState, reason: str, problem: Problem | None = None, *, but: str = ""
+) -> None:
+    """Record that the VM has no process any more, and give back what it was promised, in one transaction.
+
+    Not when an accepted operation, other than ``but``, will bring it up again: that was admitted with this memory.
+    """
+    keep = env.machines.wanted(vm_id, but=but)
+
+    async def write(draft: Draft) -> None:
+        status = await env.records.statuses.need(vm_id)
+        observed = moved(env, status.value.observed, state, reason, problem)
+        observed = replace(observed, agent=AgentState.ABSENT, started_at=None, addresses=())
+        down = replace(status.value, runtime=None, observed=observed)
+        if down != status.value:
+            draft.put(env.records.statuses, vm_id, down, status.generation)
+        if not keep:
+            await env.records.draft_promise(draft, vm_id, None)
+
+    await env.records.transact(write)
+
+
+async def never_ran(env: Env, vm_id: str) -> None:
+    """The VM is on its way up or down, nothing is left that would go on, and there is no process known of it."""
+    await take_down(env, vm_id, clean=False)
+    await stopped(env, vm_id, VmState.STOPPED, "it was not fully started")
 
 
 async def settle(env: Env, vm_id: str, gone: Exit, *, watched: bool) -> None:

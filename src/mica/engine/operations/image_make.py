@@ -13,7 +13,7 @@ from mica.model.errors import Code, MicaError
 from mica.model.image import Image
 from mica.model.views import ImageMake
 from mica.model.vm import check_name
-from mica.ports.store import ABSENT, Conflict
+from mica.ports.store import ABSENT
 
 replace = msgspec.structs.replace
 
@@ -23,37 +23,63 @@ async def plan_make(proposal: Proposal) -> None:
     proposal.target_name = check_name(proposal.params.recipe.name, "image name")
 
 
-async def make(context: Context) -> Image:
+class Made(msgspec.Struct, frozen=True):
+    """``known``: this host had an image of that content already, so it is not ours to remove."""
+
+    image: Image
+    known: bool
+
+
+async def make(context: Context) -> Made:
     recipe = context.params(ImageMake).recipe
-    return await context.env.images.make(recipe, context.report)
+    image = await context.env.images.make(recipe, context.report)
+    return Made(image, await context.env.records.images.get(image.digest) is not None)
 
 
 async def undo_make(context: Context) -> None:
     """An image is kept by content, so what was made may be what was there before: only an unrecorded one goes."""
-    made = context.outputs.get("make")
-    if made is not None:
-        digest = msgspec.convert(made, Image).digest
-        if await context.env.records.images.get(digest) is None:
-            await context.env.images.remove(digest)
+    env = context.env
+    if "make" in context.outputs:
+        made = [context.output("make", Made).image]
+    else:
+        made = await _finished(context)
+    for image in made:
+        if await env.records.images.get(image.digest) is None:
+            await env.images.remove(image.digest)
+
+
+async def _finished(context: Context) -> list[Image]:
+    """It was interrupted, perhaps when the image was complete already. What others are making is not ours."""
+    began, name = context.operation.started_at or 0.0, context.params(ImageMake).recipe.name
+    for row in (await context.env.records.operations.scan()).values():
+        other = row.value
+        if other.verb == context.operation.verb and other.id != context.operation.id and not other.state.ended:
+            return []
+    return [i for i in await context.env.images.present() if i.name == name and i.created_at >= began]
 
 
 async def record(context: Context) -> str:
     """The name points at the new content; older images of that name stay while VMs use them."""
-    image = context.output("make", Image)
+    image = context.output("make", Made).image
     row = ImageRow(image, verified_at=context.env.clock.now())
-    known = await context.env.records.images.get(image.digest)
-    draft = Draft()
-    draft.put(context.env.records.images, image.digest, row, known.generation if known else ABSENT)
-    await context.env.records.commit(draft)
+
+    async def write(draft: Draft) -> None:
+        known = await context.env.records.images.get(image.digest)
+        draft.put(context.env.records.images, image.digest, row, known.generation if known else ABSENT)
+
+    await context.env.records.transact(write)
     return image.digest
 
 
 async def undo_record(context: Context) -> None:
-    image = context.output("make", Image)
-    if not await users(context, image.digest):
-        draft = Draft()
-        draft.delete(context.env.records.images, image.digest)
-        await context.env.records.commit(draft)
+    made = context.output("make", Made)
+
+    async def write(draft: Draft) -> None:
+        row = await context.env.records.images.get(made.image.digest)
+        if row is not None and not made.known and not await users(context, made.image.digest):
+            draft.delete(context.env.records.images, made.image.digest, row.generation)
+
+    await context.env.records.transact(write)
 
 
 async def users(context: Context | Proposal, digest: str) -> list[str]:
@@ -94,24 +120,27 @@ def _refuse_used(name: str, by: list[str]) -> None:
 async def unrecord(context: Context) -> None:
     """From here no VM can be made from it. Creating one expects the row to be as it was, so the two cannot cross."""
     digest = context.vm_id
-    held = await context.env.records.images.get(digest)
-    if held is None:
-        return
-    _refuse_used(held.value.image.name, await users(context, digest))
-    draft = Draft()
-    draft.delete(context.env.records.images, digest, held.generation)
-    await context.env.records.commit(draft)
+
+    async def write(draft: Draft) -> None:
+        held = await context.env.records.images.get(digest)
+        if held is not None:
+            _refuse_used(held.value.image.name, await users(context, digest))
+            draft.delete(context.env.records.images, digest, held.generation)
+
+    await context.env.records.transact(write)
 
 
 async def undo_unrecord(context: Context) -> None:
-    """Its files may be gone in part: it is shown as damaged until it has been verified."""
-    row = replace(msgspec.convert(context.operation.params["row"], ImageRow), damaged="not fully deleted")
-    draft = Draft()
-    draft.put(context.env.records.images, row.image.digest, row, ABSENT)
-    try:
-        await context.env.records.commit(draft)
-    except Conflict:
-        return  # it is there already
+    """If its files may be gone in part, it is shown as damaged until it has been verified."""
+    row = msgspec.convert(context.operation.params["row"], ImageRow)
+    if any(entry.step == "remove" for entry in context.operation.journal):
+        row = replace(row, damaged="not fully deleted")
+
+    async def write(draft: Draft) -> None:
+        if await context.env.records.images.get(row.image.digest) is None:
+            draft.put(context.env.records.images, row.image.digest, row, ABSENT)
+
+    await context.env.records.transact(write)
 
 
 async def remove(context: Context) -> None:
@@ -135,7 +164,7 @@ async def _mark(context: Context, damaged: str) -> None:
 
 
 def made(context: Context) -> dict[str, Any]:
-    image = context.output("make", Image)
+    image = context.output("make", Made).image
     return {"digest": image.digest, "name": image.name}
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import structlog
 
-from mica.engine.admission import admit
+from mica.engine.admission import admit, with_room
 from mica.engine.definition import Context, Proposal, Step
 from mica.engine.records import Ledger, Reservation
 from mica.engine.settle import moved, set_state, stopped, take_down
 from mica.model.errors import Code, MicaError
 from mica.model.image import Image
+from mica.model.transitions import LIVE
 from mica.model.units import Bytes
-from mica.model.vm import NicRuntime, Vm, VmRuntime, VmSpec, VmState
+from mica.model.vm import AgentState, NicRuntime, Vm, VmRuntime, VmSpec, VmState
 from mica.ports.hypervisor import LaunchPlan
 from mica.ports.slices import SliceLimits
 from mica.ports.volumes import Volume
 
+log = structlog.get_logger()
 replace = msgspec.structs.replace
 
 
@@ -29,29 +32,55 @@ def slice_limits(spec: VmSpec, overhead: int) -> SliceLimits:
 
 
 async def reserve(proposal: Proposal, vm: Vm, *, overcommit: bool) -> None:
-    """Admission: promise the memory within the accepting transaction, or raise with numbers and ways out."""
+    """Admission: promise the memory within the accepting transaction, or raise with numbers and ways out.
+
+    The spec is kept with the operation: what is admitted is what starts, whatever is set in the meantime.
+    """
     env = proposal.env
     await env.hypervisor.check(vm.spec)
     ledger = await env.records.read_ledger()
     need = Reservation(vm.spec.memory, env.hypervisor.overhead(vm.spec))
-    if vm.id not in ledger.value.reserved:
+    held = ledger.value.reserved.get(vm.id, Reservation(Bytes(0), Bytes(0)))
+    if need.ram > held.ram or need.overhead > held.overhead:
+        # What the VM itself holds now is free by the time it starts (again).
+        others = Ledger({k: v for k, v in ledger.value.reserved.items() if k != vm.id})
         running = env.sampler.candidates(ledger.value)
+        own = sum(c.used for c in running if c.vm_id == vm.id)
         admit(
             vm.name,
             vm.spec,
             need,
-            env.host.capacity(),
-            ledger.value,
-            running,
+            with_room(env.host.capacity(), own),
+            others,
+            [c for c in running if c.vm_id != vm.id],
             reserve=env.policy.reserve,
             overcommit=overcommit,
         )
-    new = Ledger({**ledger.value.reserved, vm.id: need})
+    # Until it is down, what runs now needs its memory.
+    most = Reservation(Bytes(max(need.ram, held.ram)), Bytes(max(need.overhead, held.overhead)))
+    new = Ledger({**ledger.value.reserved, vm.id: most})
     proposal.draft.put(env.records.ledger, "memory", new, ledger.generation)
+    proposal.stored_params = {**proposal.stored_params, "spec": msgspec.to_builtins(vm.spec)}
+
+
+async def promise(context: Context) -> None:
+    """The memory was promised when the request was accepted; this step is where taking that back is anchored."""
+
+
+async def undo_promise(context: Context) -> None:
+    env, vm_id = context.env, context.vm_id
+    status = await env.records.statuses.get(vm_id)
+    runtime = status.value.runtime if status else None
+    if runtime is not None:
+        await env.records.promise(vm_id, Reservation(runtime.spec.memory, runtime.overhead))
+    elif not env.machines.wanted(vm_id, but=context.operation.id):
+        await env.records.release(vm_id)
 
 
 async def _vm(context: Context) -> Vm:
-    return (await context.env.records.vms.need(context.vm_id)).value
+    """The VM with the spec that was admitted."""
+    vm = (await context.env.records.vms.need(context.vm_id)).value
+    return replace(vm, spec=msgspec.convert(context.operation.params["spec"], VmSpec))
 
 
 async def _image(context: Context, vm: Vm) -> Image | None:
@@ -61,14 +90,21 @@ async def _image(context: Context, vm: Vm) -> Image | None:
 
 
 async def begin(context: Context) -> None:
+    """From here the promise is exactly what will run; one that was larger, or was lost to a stop, ends."""
+    spec = (await _vm(context)).spec
+    overhead = context.env.hypervisor.overhead(spec)
+    await context.env.records.promise(context.vm_id, Reservation(spec.memory, overhead))
     await set_state(context.env, context.vm_id, lambda o: moved(context.env, o, VmState.STARTING))
 
 
 async def undo_begin(context: Context) -> None:
-    status = await context.env.records.statuses.get(context.vm_id)
-    if status is not None and status.value.observed.state is VmState.STARTING:
-        await stopped(context.env, context.vm_id, VmState.STOPPED, "it could not be started", context.failure)
-    await context.env.records.release(context.vm_id)
+    env, vm_id = context.env, context.vm_id
+    status = await env.records.statuses.get(vm_id)
+    if status is not None and status.value.observed.state in LIVE and status.value.runtime is None:
+        cancelled = context.failure is not None and context.failure.code is Code.CANCELLED
+        reason = "its start was cancelled" if cancelled else "it could not be started"
+        problem = None if cancelled else context.failure
+        await stopped(env, vm_id, VmState.STOPPED, reason, problem, but=context.operation.id)
 
 
 async def prepare(context: Context) -> list[Volume]:
@@ -80,7 +116,9 @@ async def prepare(context: Context) -> list[Volume]:
 
 
 async def undo_prepare(context: Context) -> None:
-    await context.env.volumes.settled(context.vm_id)
+    """Without a QEMU that could have written to them, the volumes are as they were handed over."""
+    if not any(entry.step == "launch" for entry in context.operation.journal):
+        await context.env.volumes.settled(context.vm_id)
 
 
 async def make_slice(context: Context) -> dict[str, Any]:
@@ -93,8 +131,13 @@ async def undo_slice(context: Context) -> None:
     vm = await _vm(context)
     handle = context.outputs.get("slice")
     if handle is None:
-        # ``create`` is idempotent, so its handle can be had again whatever it had got to.
-        handle = await context.env.slices.create(vm.id, slice_limits(vm.spec, 0))
+        # ``create`` is idempotent, so its handle can be had again whatever it had got to. What cannot be made is not
+        # there: a host that refuses slices must not turn each start into a stuck operation.
+        try:
+            handle = await context.env.slices.create(vm.id, slice_limits(vm.spec, 0))
+        except MicaError as error:
+            log.warning("no slice to remove", vm=vm.id, error=error.message)
+            return
     await context.env.slices.remove(handle)
 
 
@@ -121,11 +164,13 @@ async def launch(context: Context) -> VmRuntime:
         volumes=tuple(context.output("prepare", list[Volume])),
         nics=tuple(context.output("network", list[NicRuntime])),
         slice=context.outputs["slice"],
-        read_only_paths=(files.path(image, "").parent,) if image and direct is None else (),
+        read_only_paths=(files.path(image, image.disk),) if image and image.disk is not None else (),
         direct_boot=direct,
         kernel=files.path(image, direct.kernel) if image and direct else None,
         initrd=files.path(image, direct.initrd) if image and direct else None,
     )
+    # When this is repeated, an earlier machine may be attached already: it ends now.
+    context.env.machines.detach(vm.id)
     runtime = await context.env.hypervisor.launch(plan)
     await context.env.records.statuses.update(
         vm.id,
@@ -136,7 +181,12 @@ async def launch(context: Context) -> VmRuntime:
 
 async def undo_launch(context: Context) -> None:
     await take_down(context.env, context.vm_id, clean=False)
-    await context.env.records.statuses.update(context.vm_id, lambda s: replace(s, runtime=None))
+    await context.env.records.statuses.update(
+        context.vm_id,
+        lambda s: replace(
+            s, runtime=None, observed=replace(s.observed, agent=AgentState.ABSENT, started_at=None, addresses=())
+        ),
+    )
 
 
 async def run(context: Context) -> None:
@@ -152,6 +202,7 @@ async def run(context: Context) -> None:
     await set_state(context.env, context.vm_id, lambda o: replace(moved(context.env, o, state), agent=seen.agent))
 
 
+PROMISE = Step("promise", promise, undo_promise)
 START: tuple[Step, ...] = (
     Step("begin", begin, undo_begin),
     Step("prepare", prepare, undo_prepare),

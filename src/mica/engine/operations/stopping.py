@@ -8,24 +8,28 @@ import structlog
 from mica.engine.deadline import within
 from mica.engine.definition import Context, Step
 from mica.engine.settle import moved, set_state, stopped, take_down
-from mica.model.errors import MicaError
+from mica.model.errors import Code, MicaError
 from mica.model.transitions import LIVE
 from mica.model.units import format_duration
 from mica.model.vm import AgentState, VmState
-from mica.ports.hypervisor import Machine, RunState
+from mica.ports.hypervisor import Exit, Machine, RunState
 
 log = structlog.get_logger()
-replace = msgspec.structs.replace
-
-# A guest that has begun to power off may still need a forced end; nothing waits longer than this beyond its time-out.
+# How long the end of a process may take once it was told to end. Seconds.
 MARGIN_S = 60.0
+# How long to wait before a guest that could not be asked is asked again. Seconds.
+ASK_AGAIN_S = 2.0
 
 
 class How(msgspec.Struct, frozen=True):
-    """Which way a VM stopped: ``guest`` (it was asked and did), ``forced``, ``already`` (nothing ran)."""
+    """Which way a VM stopped: ``guest`` (it was asked and did), ``forced``, ``already`` (nothing ran).
+
+    ``clean``: its QEMU ended in order, so its disks need no check.
+    """
 
     how: str
     after_s: float = 0.0
+    clean: bool = False
 
 
 async def begin(context: Context) -> None:
@@ -36,17 +40,27 @@ async def begin(context: Context) -> None:
 
 async def undo_begin(context: Context) -> None:
     """A stop that was called off: the machine is looked at, and what it does now is what it is."""
-    machine = await context.env.machines.attach(context.vm_id)
-    status = (await context.env.records.statuses.need(context.vm_id)).value
-    if machine is None or status.observed.state is not VmState.STOPPING:
+    env, vm_id = context.env, context.vm_id
+    status = await env.records.statuses.get(vm_id)
+    if status is None or status.value.observed.state is not VmState.STOPPING:
         return
-    seen = await machine.observe()
+    try:
+        machine = await env.machines.attach(vm_id)
+        if machine is None:
+            return  # the VM's actor sees that next, and says how it ended
+        seen = await machine.observe()
+    except MicaError:
+        if await env.machines.ended(vm_id):
+            return
+        raise
     state = VmState.RUNNING if seen.run is RunState.RUNNING else VmState.PAUSED
-    await set_state(context.env, context.vm_id, lambda o: moved(context.env, o, state))
+    await set_state(env, vm_id, lambda o: moved(env, o, state))
 
 
 async def _ask(context: Context, machine: Machine) -> str:
     """Ask the guest to power off, by the agent where it answers and by the power button; return which was asked."""
+    if (await machine.observe()).run is RunState.PAUSED:
+        await machine.resume()
     status = (await context.env.records.statuses.need(context.vm_id)).value
     if status.runtime is not None and status.observed.agent is AgentState.READY:
         try:
@@ -59,38 +73,101 @@ async def _ask(context: Context, machine: Machine) -> str:
     return "power button"
 
 
+async def _persuade(context: Context, timeout_s: float) -> Exit | None:
+    """Ask until somebody hears, and wait for the end. ``None``: it had ended. Raises :class:`TimeoutError`."""
+    env, vm_id = context.env, context.vm_id
+    until = f"forcing after {format_duration(timeout_s)}"
+    async with within(env.clock, timeout_s):
+        while True:
+            try:
+                machine = await env.machines.attach(vm_id)
+                if machine is None:
+                    return None
+                how = await _ask(context, machine)
+                context.report(None, f"asked the guest by {how}; {until}")
+                return await machine.ended()
+            except MicaError as error:
+                if await env.machines.ended(vm_id):
+                    return None
+                context.report(None, f"the guest cannot be asked ({error.message}); {until}")
+                await env.clock.sleep(ASK_AGAIN_S)
+
+
+async def _force(context: Context) -> None:
+    """End the process, by its monitor if that answers."""
+    env, vm_id = context.env, context.vm_id
+    try:
+        async with within(env.clock, MARGIN_S):
+            machine = await env.machines.attach(vm_id)
+            if machine is not None:
+                await machine.kill()
+            return
+    except (MicaError, TimeoutError) as error:
+        log.warning("a machine does not end by its monitor", vm=vm_id, error=str(error))
+    status = await env.records.statuses.get(vm_id)
+    try:
+        async with within(env.clock, MARGIN_S):
+            await env.hypervisor.cleanup(vm_id, status.value.runtime if status else None)
+    except TimeoutError as error:
+        raise MicaError(
+            Code.TIMEOUT,
+            f"the QEMU of VM {context.operation.target_name} did not end within {format_duration(MARGIN_S)}",
+            hint="the kernel holds it, perhaps waiting for a disk: look at `dmesg`",
+        ) from error
+
+
 async def halt(context: Context) -> How:
     """Ask, wait, force. A paused guest cannot hear: it runs again for its own shutdown."""
-    clock = context.env.clock
-    machine = await context.env.machines.attach(context.vm_id)
-    if machine is None:
-        return How("already")
-    vm = (await context.env.records.vms.need(context.vm_id)).value
+    env, vm_id = context.env, context.vm_id
+    vm = (await env.records.vms.need(vm_id)).value
     asked = context.operation.params.get("timeout_s")
     timeout_s = vm.spec.stop_timeout_s if asked is None else float(asked)
-    began = clock.monotonic()
+    began = env.clock.monotonic()
+    if await _gone(context):
+        return await _already(context)
     if not context.operation.params.get("force") and timeout_s > 0:
         try:
-            async with within(clock, timeout_s):
-                if (await machine.observe()).run is RunState.PAUSED:
-                    await machine.resume()
-                how = await _ask(context, machine)
-                context.report(None, f"asked the guest by {how}; forcing after {format_duration(timeout_s)}")
-                await machine.ended()
-            return How("guest", clock.monotonic() - began)
+            gone = await _persuade(context, timeout_s)
         except TimeoutError:
             context.report(None, "the guest did not react; forcing")
-    await machine.kill()
-    return How("forced", clock.monotonic() - began)
+        else:
+            if gone is None:
+                return await _already(context)
+            return How("guest", env.clock.monotonic() - began, gone.clean)
+    await _force(context)
+    return How("forced", env.clock.monotonic() - began)
+
+
+async def _gone(context: Context) -> bool:
+    try:
+        return await context.env.machines.attach(context.vm_id) is None
+    except MicaError:
+        return False  # it does not answer, so it is there
+
+
+async def _already(context: Context) -> How:
+    status = await context.env.records.statuses.get(context.vm_id)
+    runtime = status.value.runtime if status else None
+    return How("already", clean=runtime is not None and (await context.env.hypervisor.autopsy(runtime)).clean)
+
+
+async def undo_halt(context: Context) -> None:
+    """What is down stays down, and is put away as if the stop had gone on."""
+    if "halt" in context.outputs:
+        await _put_away(context, context.output("halt", How))
+    elif await context.env.machines.ended(context.vm_id):
+        await _put_away(context, await _already(context))
 
 
 async def release(context: Context) -> None:
-    how = context.output("halt", How)
-    if how.how == "already":
-        status = (await context.env.records.statuses.need(context.vm_id)).value
-        if status.observed.state not in LIVE:
-            return
-    await take_down(context.env, context.vm_id, clean=how.how == "guest")
+    await _put_away(context, context.output("halt", How))
+
+
+async def _put_away(context: Context, how: How) -> None:
+    status = await context.env.records.statuses.get(context.vm_id)
+    if status is None or status.value.observed.state not in LIVE:
+        return
+    await take_down(context.env, context.vm_id, clean=how.clean)
     words = {
         "guest": f"the guest shut down after {format_duration(how.after_s)}",
         "forced": "forced" if how.after_s < 1 else f"forced after {format_duration(how.after_s)}",
@@ -101,7 +178,7 @@ async def release(context: Context) -> None:
 
 STOP: tuple[Step, ...] = (
     Step("stop-begin", begin, undo_begin),
-    # Beyond the guest's own time-out the step ends by force; the deadline here is only for a host that hangs.
-    Step("halt", halt, timeout_s=86400.0 + MARGIN_S),
-    Step("release", release, cancellable=False),
+    # The guest's own time-out may be a day; whatever else the step waits for has a deadline of its own.
+    Step("halt", halt, undo_halt, timeout_s=86400.0 + 3 * MARGIN_S),
+    Step("release", release, cancellable=False, follows=True),
 )

@@ -43,6 +43,8 @@ replace = msgspec.structs.replace
 DEFAULT_MEMORY = Bytes(256 * MIB)
 # Slots number the VMs of a host; a private /24 network and a user id derive from each.
 MAX_SLOTS = 16384
+# A name is at most 63 characters, and a made one ends with a hyphen and a number.
+MAX_STEM = 56
 
 
 def generate_mac(vm_id: str, index: int) -> str:
@@ -132,7 +134,7 @@ async def free_slot(env: Env) -> int:
 
 
 async def free_name(env: Env, image: Image | None) -> str:
-    stem = image.name if image else "vm"
+    stem = image.name[:MAX_STEM].rstrip("-") if image else "vm"
     taken = set(await env.records.names.scan(after=stem[:-1]))
     return next(name for n in range(1, MAX_SLOTS + 2) if (name := f"{stem}-{n}") not in taken)
 
@@ -140,14 +142,14 @@ async def free_name(env: Env, image: Image | None) -> str:
 async def claim_name(env: Env, draft: Draft, name: str, vm_id: str) -> None:
     """Take a VM name within ``draft``. Raises ``exists`` naming the holder."""
     taken = await env.records.names.get(name)
-    if taken is not None:
+    if taken is not None and taken.value.holder != vm_id:
         raise MicaError(
             Code.EXISTS,
             f"there is a VM {name} already ({taken.value.holder[:8]})",
             hint="choose another name, or delete that one first",
             details={"name": name, "id": taken.value.holder},
         )
-    draft.put(env.records.names, name, Claim(vm_id, at=env.clock.now()), ABSENT)
+    draft.put(env.records.names, name, Claim(vm_id, at=env.clock.now()), taken.generation if taken else ABSENT)
 
 
 async def plan(proposal: Proposal) -> None:
@@ -194,20 +196,23 @@ async def plan(proposal: Proposal) -> None:
 
 async def erase(env: Env, vm_id: str) -> None:
     """Remove a VM's rows in one transaction. Idempotent."""
-    vm = await env.records.vms.get(vm_id)
-    if vm is None:
-        return
-    draft = Draft()
-    claim = await env.records.names.get(vm.value.name)
-    if claim is not None and claim.value.holder == vm_id:
-        draft.delete(env.records.names, vm.value.name)
-    draft.delete(env.records.slots, str(vm.value.slot))
-    draft.delete(env.records.vms, vm_id, vm.generation)
-    draft.delete(env.records.statuses, vm_id)
-    await env.records.commit(draft)
+
+    async def write(draft: Draft) -> None:
+        vm = await env.records.vms.get(vm_id)
+        if vm is None:
+            return
+        claim = await env.records.names.get(vm.value.name)
+        if claim is not None and claim.value.holder == vm_id:
+            draft.delete(env.records.names, vm.value.name, claim.generation)
+        draft.delete(env.records.slots, str(vm.value.slot))
+        draft.delete(env.records.vms, vm_id, vm.generation)
+        draft.delete(env.records.statuses, vm_id)
+
+    await env.records.transact(write)
 
 
 async def undo_record(context: Context) -> None:
+    await context.env.hypervisor.erase(context.vm_id)
     await context.env.records.release(context.vm_id)
     await erase(context.env, context.vm_id)
 
@@ -255,5 +260,12 @@ def result(context: Context) -> dict[str, Any]:
 
 
 DEFINITION = Definition(
-    verb=VmVerb.CREATE, noun="vm", params=VmCreate, plan=plan, steps=steps, result=result, creates=True
+    verb=VmVerb.CREATE,
+    noun="vm",
+    params=VmCreate,
+    plan=plan,
+    steps=steps,
+    result=result,
+    creates=True,
+    anchored=True,
 )

@@ -11,7 +11,7 @@ from mica.engine.definition import Context, Definition, Proposal, Step
 from mica.engine.operations.stopping import STOP
 from mica.engine.operations.vm_create import claim_name, erase
 from mica.engine.records import Draft
-from mica.engine.settle import moved, set_state
+from mica.engine.settle import NOT_DELETED, moved, set_state
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
 from mica.model.transitions import VmVerb
@@ -44,31 +44,37 @@ async def plan_delete(proposal: Proposal) -> None:
 async def trash(context: Context) -> None:
     """Free the name and set the expiry in one transaction."""
     env, vm_id = context.env, context.vm_id
-    vm = await env.records.vms.need(vm_id)
     now = env.clock.now()
-    draft = Draft()
-    if vm.value.deleted_at is None:
+
+    async def write(draft: Draft) -> None:
+        vm = await env.records.vms.need(vm_id)
+        if vm.value.deleted_at is not None:
+            return
         gone = replace(vm.value, deleted_at=now, expires_at=now + env.policy.trash_s)
         draft.put(env.records.vms, vm_id, gone, vm.generation)
         claim = await env.records.names.get(vm.value.name)
         if claim is not None and claim.value.holder == vm_id:
             draft.delete(env.records.names, vm.value.name, claim.generation)
-        await env.records.commit(draft)
+
+    await env.records.transact(write)
     await set_state(env, vm_id, lambda o: moved(env, o, VmState.TRASHED, "deleted"))
 
 
 async def untrash(context: Context) -> None:
     """Out of the trash under its name, or the one it was given. The name may be gone: then the undo is stuck."""
     env, vm_id = context.env, context.vm_id
-    vm = await env.records.vms.need(vm_id)
-    if vm.value.deleted_at is not None:
-        draft = Draft()
+
+    async def write(draft: Draft) -> None:
+        vm = await env.records.vms.need(vm_id)
+        if vm.value.deleted_at is None:
+            return
         back = replace(vm.value, deleted_at=None, expires_at=None)
         draft.put(env.records.vms, vm_id, back, vm.generation)
         claim = await env.records.names.get(vm.value.name)
         if claim is None or claim.value.holder != vm_id:
             await claim_name(env, draft, vm.value.name, vm_id)
-        await env.records.commit(draft)
+
+    await env.records.transact(write)
     status = (await env.records.statuses.need(vm_id)).value
     if status.observed.state is VmState.TRASHED:
         await set_state(env, vm_id, lambda o: moved(env, o, VmState.STOPPED, "restored from the trash"))
@@ -84,28 +90,35 @@ async def plan_restore(proposal: Proposal) -> None:
     assert isinstance(proposal.params, VmRestore)
     env, vm = proposal.env, proposal.vm.value
     name = check_name(proposal.params.name, "VM name") if proposal.params.name else vm.name
-    proposal.stored_params = {"old_name": vm.name}
+    proposal.stored_params = {"old_name": vm.name, "deleted_at": vm.deleted_at, "expires_at": vm.expires_at}
     proposal.target_name = name
     await claim_name(env, proposal.draft, name, vm.id)
     proposal.draft.put(env.records.vms, vm.id, replace(vm, name=name), proposal.vm.generation)
 
 
+async def record(context: Context) -> None:
+    """The name was claimed when the request was accepted; this step is where taking that back is anchored."""
+
+
 async def undo_restore(context: Context) -> None:
-    env, vm_id = context.env, context.vm_id
-    vm = await env.records.vms.need(vm_id)
-    claim = await env.records.names.get(vm.value.name)
-    draft = Draft()
-    if claim is not None and claim.value.holder == vm_id:
-        draft.delete(env.records.names, vm.value.name, claim.generation)
-    now = env.clock.now()
-    back = replace(
-        vm.value,
-        name=context.operation.params["old_name"],
-        deleted_at=vm.value.deleted_at or now,
-        expires_at=vm.value.expires_at or now + env.policy.trash_s,
-    )
-    draft.put(env.records.vms, vm_id, back, vm.generation)
-    await env.records.commit(draft)
+    env, vm_id, old = context.env, context.vm_id, context.operation.params
+
+    async def write(draft: Draft) -> None:
+        vm = await env.records.vms.need(vm_id)
+        claim = await env.records.names.get(vm.value.name)
+        if claim is not None and claim.value.holder == vm_id:
+            draft.delete(env.records.names, vm.value.name, claim.generation)
+        back = replace(
+            vm.value,
+            name=old["old_name"],
+            deleted_at=old["deleted_at"],
+            expires_at=old["expires_at"],
+        )
+        draft.put(env.records.vms, vm_id, back, vm.generation)
+
+    if await env.records.vms.get(vm_id) is None:
+        return
+    await env.records.transact(write)
     await set_state(env, vm_id, lambda o: moved(env, o, VmState.TRASHED, "deleted"))
 
 
@@ -130,7 +143,7 @@ async def undo_empty(context: Context) -> None:
     if status is not None and status.value.observed.state is VmState.DELETING:
         vm = (await env.records.vms.need(context.vm_id)).value
         state = VmState.TRASHED if vm.deleted_at is not None else VmState.CRASHED
-        await set_state(env, context.vm_id, lambda o: moved(env, o, state, "not fully deleted", context.failure))
+        await set_state(env, context.vm_id, lambda o: moved(env, o, state, NOT_DELETED, context.failure))
 
 
 async def forget(context: Context) -> None:
@@ -139,7 +152,7 @@ async def forget(context: Context) -> None:
 
 
 def purge_steps(operation: Operation) -> Sequence[Step]:
-    end = (Step("empty", empty, undo_empty, cancellable=False), Step("forget", forget, cancellable=False))
+    end = (Step("empty", empty, undo_empty, cancellable=False), Step("forget", forget, cancellable=False, follows=True))
     return (*STOP, *end) if operation.params.get("force") else end
 
 
@@ -161,8 +174,9 @@ RESTORE_DEFINITION = Definition(
     noun="vm",
     params=VmRestore,
     plan=plan_restore,
-    steps=lambda _: (Step("restore", untrash, undo_restore, cancellable=False),),
+    steps=lambda _: (Step("record", record, undo_restore), Step("restore", untrash, cancellable=False)),
     state_verb=VmVerb.RESTORE,
+    anchored=True,
     result=result,
 )
 PURGE_DEFINITION = Definition(

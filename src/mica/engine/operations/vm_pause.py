@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import msgspec
 
 from mica.engine.definition import Context, Definition, NoParams, Proposal, Step
@@ -44,13 +46,22 @@ async def let_go(context: Context) -> None:
 
 
 async def undo_hold(context: Context) -> None:
-    if await context.env.machines.attach(context.vm_id) is not None:
-        await let_go(context)
+    await _unless_ended(context, let_go)
 
 
 async def undo_let_go(context: Context) -> None:
-    if await context.env.machines.attach(context.vm_id) is not None:
-        await hold(context)
+    await _unless_ended(context, hold)
+
+
+async def _unless_ended(context: Context, back: Callable[[Context], Awaitable[None]]) -> None:
+    """A machine that has ended needs nothing taken back; its actor says how it ended."""
+    machines = context.env.machines
+    try:
+        if await machines.attach(context.vm_id) is not None:
+            await back(context)
+    except MicaError:
+        if not await machines.ended(context.vm_id):
+            raise
 
 
 PAUSE = (Step("pause", hold, undo_hold, timeout_s=30.0),)

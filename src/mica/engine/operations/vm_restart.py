@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from mica.engine.definition import Context, Definition, Proposal, Step
-from mica.engine.operations.starting import START, reserve
+from mica.engine.definition import Definition, Proposal
+from mica.engine.operations.starting import PROMISE, START, reserve
 from mica.engine.operations.stopping import STOP
 from mica.engine.operations.vm_stop import result
-from mica.engine.records import MAX_ATTEMPTS, Draft, Ledger, Reservation, contended
 from mica.model.transitions import VmVerb
 from mica.model.views import VmStop
 from mica.model.vm import Power
-from mica.ports.store import Conflict
 
 
 async def plan(proposal: Proposal) -> None:
@@ -23,31 +21,8 @@ async def plan(proposal: Proposal) -> None:
     proposal.draft.put(proposal.env.records.vms, vm.id, wanted, proposal.vm.generation)
 
 
-async def keep_reservation(context: Context) -> None:
-    """The stop gave the promise back; take it again at once. It was admitted when the restart was accepted."""
-    records = context.env.records
-    vm = (await records.vms.need(context.vm_id)).value
-    need = Reservation(vm.spec.memory, context.env.hypervisor.overhead(vm.spec))
-    for _ in range(MAX_ATTEMPTS):
-        ledger = await records.read_ledger()
-        if ledger.value.reserved.get(vm.id) == need:
-            return
-        draft = Draft()
-        draft.put(records.ledger, "memory", Ledger({**ledger.value.reserved, vm.id: need}), ledger.generation)
-        try:
-            await records.commit(draft)
-        except Conflict:
-            continue
-        return
-    raise contended("ledger", "memory")
-
-
-async def release_reservation(context: Context) -> None:
-    await context.env.records.release(context.vm_id)
-
-
 # Once the guest is down there is nothing to go back to: a restart that fails later leaves a stopped VM.
-STEPS = (*STOP, Step("reserve", keep_reservation, release_reservation), *START)
+STEPS = (PROMISE, *STOP, *START)
 
 DEFINITION = Definition(
     verb=VmVerb.RESTART,
@@ -57,4 +32,5 @@ DEFINITION = Definition(
     steps=lambda _: STEPS,
     state_verb=VmVerb.RESTART,
     result=result,
+    anchored=True,
 )

@@ -10,7 +10,7 @@ from mica.engine.definition import Context, Definition, Proposal, Step
 from mica.engine.operations.starting import slice_limits
 from mica.engine.operations.vm_create import claim_name, with_macs
 from mica.engine.records import Draft
-from mica.model.errors import invalid
+from mica.model.errors import MicaError, invalid
 from mica.model.transitions import VmVerb
 from mica.model.units import format_size
 from mica.model.views import VmSet
@@ -83,22 +83,57 @@ async def record(context: Context) -> None:
 
 
 async def undo_record(context: Context) -> None:
+    """Take back what this request changed and nobody has changed again since."""
     env = context.env
     old = msgspec.convert(context.operation.params["old"], Vm)
-    now = await env.records.vms.need(context.vm_id)
-    draft = Draft()
-    if now.value.name != old.name:
-        draft.delete(env.records.names, now.value.name)
-        await claim_name(env, draft, old.name, old.id)
-    draft.put(env.records.vms, old.id, replace(old, intent=now.value.intent), now.generation)
-    await env.records.commit(draft)
+    new = changed(old, msgspec.convert(_body(context), VmSet))
+
+    async def write(draft: Draft) -> None:
+        now = await env.records.vms.get(context.vm_id)
+        if now is None:
+            return
+        back = _taken_back(now.value, old, new)
+        if back.name != now.value.name:
+            taken = await env.records.names.get(old.name)
+            if taken is not None or back.deleted_at is not None:
+                # Somebody else is called that by now, or the VM has no name while it lies in the trash.
+                back = replace(back, name=now.value.name)
+            else:
+                draft.delete(env.records.names, now.value.name)
+                await claim_name(env, draft, old.name, old.id)
+        if back != now.value:
+            draft.put(env.records.vms, old.id, back, now.generation)
+
+    await env.records.transact(write)
+
+
+def _body(context: Context) -> dict[str, Any]:
+    """The request's own parameters, without what was stored with them."""
+    return {k: v for k, v in context.operation.params.items() if k in VmSet.__struct_fields__}
+
+
+def _taken_back(now: Vm, old: Vm, new: Vm) -> Vm:
+    spec = {f: getattr(old.spec, f) for f in SPEC_FIELDS if getattr(now.spec, f) == getattr(new.spec, f)}
+    # A label that is as this request left it becomes what it was before; any other has been changed again since.
+    same = {k for k in {*old.labels, *now.labels} if now.labels.get(k) == new.labels.get(k)}
+    labels = {k: v for k, v in now.labels.items() if k not in same}
+    labels.update({k: v for k, v in old.labels.items() if k in same})
+    return replace(
+        now,
+        spec=replace(now.spec, **spec),
+        labels=labels,
+        name=old.name if now.name == new.name else now.name,
+        description=old.description if now.description == new.description else now.description,
+    )
 
 
 async def _apply(context: Context, spec: VmSpec) -> None:
     env = context.env
     status = (await env.records.statuses.need(context.vm_id)).value
+    if status.runtime is None:
+        return
     machine = await env.machines.attach(context.vm_id)
-    if machine is None or status.runtime is None:
+    if machine is None:
         return
     await machine.apply(spec)
     if status.runtime.slice:
@@ -115,7 +150,11 @@ async def apply(context: Context) -> list[str]:
 
 
 async def undo_apply(context: Context) -> None:
-    await _apply(context, msgspec.convert(context.operation.params["old"], Vm).spec)
+    try:
+        await _apply(context, msgspec.convert(context.operation.params["old"], Vm).spec)
+    except MicaError:
+        if not await context.env.machines.ended(context.vm_id):
+            raise
 
 
 def result(context: Context) -> dict[str, Any]:
@@ -132,4 +171,5 @@ DEFINITION = Definition(
     steps=lambda _: STEPS,
     state_verb=VmVerb.SET,
     result=result,
+    anchored=True,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from mica.engine.definition import Definition, Proposal
-from mica.engine.operations.starting import START, reserve
+from mica.engine.operations.starting import PROMISE, START, reserve
 from mica.model.transitions import VmVerb
 from mica.model.views import VmStart
 from mica.model.vm import Power
@@ -22,5 +22,11 @@ async def plan(proposal: Proposal) -> None:
 
 
 DEFINITION = Definition(
-    verb=VmVerb.START, noun="vm", params=VmStart, plan=plan, steps=lambda _: START, state_verb=VmVerb.START
+    verb=VmVerb.START,
+    noun="vm",
+    params=VmStart,
+    plan=plan,
+    steps=lambda _: (PROMISE, *START),
+    state_verb=VmVerb.START,
+    anchored=True,
 )

@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
+from mica.engine.deadline import within
 from mica.engine.definition import Env
 from mica.engine.reconcilers import actors, autostart, guests, images, ledger, leftovers, retention, trash, usage
 from mica.model.errors import MicaError
+from mica.model.units import format_duration
 from mica.ports.clock import Clock
 
 if TYPE_CHECKING:
     from mica.engine.engine import Engine
 
 log = structlog.get_logger()
+
+# No round may take longer; what it has not come to is the next one's. Seconds.
+ROUND_S = 600.0
 
 
 class LoopStatus(msgspec.Struct, frozen=True):
@@ -47,10 +52,11 @@ class Loop:
 
     async def once(self) -> None:
         try:
-            said, failed = await self.work(), ""
-        except MicaError as error:
-            said, failed = "", error.message
-            log.warning("reconciler", name=self.name, error=error.message)
+            async with within(self._clock, ROUND_S):
+                said, failed = await self.work(), ""
+        except (MicaError, TimeoutError) as error:
+            said, failed = "", str(error) or f"a round took longer than {format_duration(ROUND_S)}"
+            log.warning("reconciler", name=self.name, error=failed)
         except Exception as error:  # the root of this task: the next round is the retry
             said, failed = "", f"{type(error).__name__}: {error}"
             log.exception("reconciler", name=self.name)
