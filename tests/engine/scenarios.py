@@ -1,0 +1,204 @@
+"""For every verb: how to set up a world in which it has something to do, what is asked, and what is true afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from mica.engine.definition import NoParams
+from mica.model.image import DebianRecipe, MicroRecipe
+from mica.model.operation import OperationState
+from mica.model.units import GIB, MIB, Bytes
+from mica.model.views import ImageMake, VmCreate, VmDelete, VmRestore, VmSet, VmStart, VmStop
+from mica.model.vm import DiskSpec, IoLimits, VmState
+from mica.ports.hypervisor import RunState
+from mica.testing.harness import Life, Rig
+from mica.testing.simulated import Behaviour
+
+S = VmState
+DISK = DiskSpec(name="data", size=Bytes(GIB))
+GONE = "gone"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``prepare`` sets the world up and returns the target. ``check`` looks at a success.
+
+    ``restores``: a request that fails or is cancelled leaves everything as it was. Otherwise the VM may then be in
+    one of the states ``otherwise``.
+    """
+
+    name: str
+    verb: str
+    params: msgspec.Struct
+    prepare: Callable[[Life], Awaitable[str]]
+    check: Callable[[Rig], Awaitable[None]]
+    restores: bool = True
+    otherwise: frozenset[VmState] = field(default_factory=frozenset)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+async def _image(life: Life) -> str:
+    operation = await life.run("image.make", "", ImageMake(MicroRecipe()))
+    assert operation.state is OperationState.SUCCEEDED, operation.problem
+    return "micro"
+
+
+async def _succeed(life: Life, verb: str, target: str, params: msgspec.Struct) -> None:
+    operation = await life.run(verb, target, params)
+    assert operation.state is OperationState.SUCCEEDED, operation.problem
+
+
+async def _nothing(life: Life) -> str:
+    await _image(life)
+    return ""
+
+
+async def _stopped(life: Life) -> str:
+    await _image(life)
+    await _succeed(life, "vm.create", "", VmCreate(name="a", image="micro", disks=(DISK,)))
+    return "a"
+
+
+async def _running(life: Life) -> str:
+    await _stopped(life)
+    await _succeed(life, "vm.start", "a", VmStart())
+    await life.advance(10.0)
+    return "a"
+
+
+async def _deaf(life: Life) -> str:
+    life.rig.world.behave("a", Behaviour(agent_after_s=None, obeys_after_s=None))
+    return await _running(life)
+
+
+async def _paused(life: Life) -> str:
+    await _running(life)
+    await _succeed(life, "vm.pause", "a", NoParams())
+    return "a"
+
+
+async def _crashed(life: Life) -> str:
+    await _running(life)
+    life.rig.world.process("a").kill()
+    await life.rest()
+    return "a"
+
+
+async def _trashed(life: Life) -> str:
+    await _stopped(life)
+    await _succeed(life, "vm.delete", "a", VmDelete())
+    return "a"
+
+
+async def _trashed_and_taken(life: Life) -> str:
+    await _trashed(life)
+    vm_id = next(iter(await life.records.vms.scan()))
+    await _succeed(life, "vm.create", "", VmCreate(name="a", image="micro"))
+    return vm_id
+
+
+async def _vm(rig: Rig, name: str) -> tuple[VmState, str]:
+    for id_, row in (await rig.records.vms.scan()).items():
+        if row.value.name == name:
+            return (await rig.records.statuses.need(id_)).value.observed.state, id_
+    return S.GONE, ""
+
+
+def _is(state: VmState, name: str = "a") -> Callable[[Rig], Awaitable[None]]:
+    async def check(rig: Rig) -> None:
+        seen, vm_id = await _vm(rig, name)
+        assert seen is state
+        if state is S.RUNNING:
+            assert rig.world.processes[vm_id].run is RunState.RUNNING
+        if state is S.GONE:
+            assert not rig.world.volumes
+
+    return check
+
+
+async def _is_set(rig: Rig) -> None:
+    state, vm_id = await _vm(rig, "b")
+    vm = (await rig.records.vms.need(vm_id)).value
+    assert (vm.spec.memory, vm.spec.cpu_limit, vm.labels) == (512 * MIB, 0.5, {"x": "y"})
+    if state is S.RUNNING:
+        assert rig.world.slices[vm_id].cpus == 0.5
+        assert rig.world.processes[vm_id].applied.disks[0].limits.iops == 100
+
+
+async def _has_image(rig: Rig) -> None:
+    assert {r.value.image.name for r in (await rig.records.images.scan()).values()} >= {"debian"}
+
+
+async def _has_no_image(rig: Rig) -> None:
+    assert not rig.world.images
+
+
+async def _has_verified(rig: Rig) -> None:
+    assert all(r.value.verified_at and not r.value.damaged for r in (await rig.records.images.scan()).values())
+
+
+SET = VmSet(
+    name="b",
+    labels={"x": "y"},
+    memory=Bytes(512 * MIB),
+    cpu_limit=0.5,
+    disks=(msgspec.structs.replace(DISK, limits=IoLimits(iops=100)),),
+)
+DOWN = frozenset({S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED})
+WRECK = frozenset({S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED, S.TRASHED})
+
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario("create", "vm.create", VmCreate(name="a", image="micro", disks=(DISK,)), _nothing, _is(S.STOPPED)),
+    Scenario(
+        "create-and-start",
+        "vm.create",
+        VmCreate(name="a", image="micro", disks=(DISK,), start=True),
+        _nothing,
+        _is(S.RUNNING),
+    ),
+    Scenario("start", "vm.start", VmStart(), _stopped, _is(S.RUNNING)),
+    Scenario("start-paused", "vm.start", VmStart(paused=True), _stopped, _is(S.PAUSED)),
+    Scenario(
+        "start-crashed",
+        "vm.start",
+        VmStart(),
+        _crashed,
+        _is(S.RUNNING),
+        restores=False,
+        otherwise=frozenset({S.STOPPED, S.CRASHED}),
+    ),
+    Scenario("stop", "vm.stop", VmStop(), _running, _is(S.STOPPED), restores=False, otherwise=DOWN),
+    Scenario("stop-deaf", "vm.stop", VmStop(timeout_s=5.0), _deaf, _is(S.STOPPED), restores=False, otherwise=DOWN),
+    Scenario("stop-force", "vm.stop", VmStop(force=True), _paused, _is(S.STOPPED), restores=False, otherwise=DOWN),
+    Scenario("restart", "vm.restart", VmStop(), _running, _is(S.RUNNING), restores=False, otherwise=DOWN),
+    Scenario("pause", "vm.pause", NoParams(), _running, _is(S.PAUSED)),
+    Scenario("resume", "vm.resume", NoParams(), _paused, _is(S.RUNNING)),
+    Scenario("set-stopped", "vm.set", SET, _stopped, _is_set),
+    Scenario("set-running", "vm.set", SET, _running, _is_set),
+    Scenario("delete", "vm.delete", VmDelete(), _stopped, _is(S.TRASHED)),
+    Scenario(
+        "delete-force", "vm.delete", VmDelete(force=True), _running, _is(S.TRASHED), restores=False, otherwise=DOWN
+    ),
+    Scenario("restore", "vm.restore", VmRestore(), _trashed, _is(S.STOPPED)),
+    Scenario("restore-renamed", "vm.restore", VmRestore(name="c"), _trashed_and_taken, _is(S.STOPPED, "c")),
+    Scenario("purge", "vm.purge", VmDelete(purge=True), _stopped, _is(S.GONE), restores=False, otherwise=WRECK),
+    Scenario("purge-trash", "vm.purge", VmDelete(purge=True), _trashed, _is(S.GONE), restores=False, otherwise=WRECK),
+    Scenario(
+        "purge-force",
+        "vm.purge",
+        VmDelete(purge=True, force=True),
+        _running,
+        _is(S.GONE),
+        restores=False,
+        otherwise=WRECK,
+    ),
+    Scenario("image-make", "image.make", ImageMake(DebianRecipe()), _nothing, _has_image),
+    Scenario("image-make-again", "image.make", ImageMake(MicroRecipe()), _stopped, _has_verified),
+    Scenario("image-delete", "image.delete", NoParams(), _image, _has_no_image, restores=False),
+    Scenario("image-verify", "image.verify", NoParams(), _image, _has_verified),
+)
