@@ -223,6 +223,17 @@ async def test_it_runs_as_nobody_else_with_nothing(plant: Plant) -> None:
 
 
 @needs_passt
+@pytest.mark.root
+@pytest.mark.skipif(not as_root, reason="needs root")
+async def test_root_publishes_low_ports(plant: Plant) -> None:
+    wishes = (Publish(guest_port=80, host_port=number) for number in range(1023, 0, -1))
+    free = next(wish for wish in wishes if not ports.listening(wish))
+    handle = await plant.start(plant.link(7, free))
+    assert handle.publish == (free,)
+    assert ports.listening(free)
+
+
+@needs_passt
 async def test_a_taken_port_is_named_with_its_holder_before_anything_starts(plant: Plant) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -74,6 +74,10 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
         return self.directory / "link" / "socket"
 
     @property
+    def log(self) -> Path:
+        return self.directory / "log"
+
+    @property
     def inner_socket(self) -> Path:
         return self.directory / "inner" / "socket"
 
@@ -131,7 +135,7 @@ def arguments(passt: Passt, link: Link, network: HostNetwork) -> list[str]:
     """passt's argument vector for one NIC."""
     given = link.addresses
     interface = IPv4Interface(given.address)
-    out = [passt.path, "--foreground", "--quiet", "--no-map-gw", "--log-file", str(link.directory / "log")]
+    out = [*_become(link.owner), passt.path, "--foreground", "--quiet", "--no-map-gw", "--log-file", str(link.log)]
     out += ["--socket", str(link.inner_socket if passt.sieve else link.socket)]
     out += ["--address", str(interface.ip), "--netmask", str(interface.network.prefixlen)]
     out += ["--gateway", given.gateway, "--mac-addr", given.gateway_mac]
@@ -142,12 +146,23 @@ def arguments(passt: Passt, link: Link, network: HostNetwork) -> list[str]:
     if network.template is not None:
         out += ["--interface", network.template]
     out += _dns(passt, link, network)
-    if link.owner is not None:
-        out += ["--runas", f"{link.owner.uid}:{link.owner.gid}"]
     for publish in link.publish:
         option = "--udp-ports" if publish.protocol == "udp" else "--tcp-ports"
         out += [option, f"{publish.host_address}/{publish.host_port}:{publish.guest_port}"]
     return out
+
+
+def _become(owner: Owner | None) -> list[str]:
+    """Run what follows as the NIC's user from its first instruction on, able to bind low ports and nothing else.
+
+    passt's own ``--runas`` will not do: releases of 2023 bind the socket as that user, those of 2025 as a root that
+    has given up its right to ignore permissions, so no directory suits both.
+    """
+    if owner is None:
+        return []
+    only = "-all,+net_bind_service"
+    out = ["setpriv", f"--reuid={owner.uid}", f"--regid={owner.gid}", "--clear-groups", "--no-new-privs"]
+    return [*out, f"--bounding-set={only}", f"--inh-caps={only}", f"--ambient-caps={only}", "--"]
 
 
 class HostNetwork(msgspec.Struct, frozen=True):
@@ -257,7 +272,7 @@ async def start(passt: Passt, link: Link, *, network: HostNetwork | None = None)
 
 
 def _prepare(passt: Passt, link: Link) -> None:
-    """The directories. passt gives up root's right to ignore permissions, so its user must own where it binds."""
+    """The directories and the log. passt starts as the NIC's user, who must own where it binds and what it writes."""
     link.directory.mkdir(mode=0o711)
     link.directory.chmod(0o711 if link.owner is not None else 0o700)
     for directory in (link.socket.parent, *((link.inner_socket.parent,) if passt.sieve else ())):
@@ -266,6 +281,9 @@ def _prepare(passt: Passt, link: Link) -> None:
             peer = link.owner.peer_gid if directory == link.socket.parent else link.owner.gid
             os.chown(directory, link.owner.uid, peer)
             directory.chmod(0o710)
+    if link.owner is not None:
+        link.log.touch(mode=0o600)
+        os.chown(link.log, link.owner.uid, link.owner.gid)
 
 
 def _sieve(link: Link) -> list[str]:
