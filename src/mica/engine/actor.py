@@ -44,10 +44,11 @@ MAX_PAUSE_S = 30.0
 
 
 class Waiting:
-    """An accepted operation in an inbox, with the wish to cancel it."""
+    """An accepted operation in an inbox, with the wish to cancel it. ``begun``: it has run already."""
 
     def __init__(self, operation: Operation) -> None:
         self.operation = operation
+        self.begun = operation.state is not OperationState.QUEUED
         self.canceller = Canceller(requested=operation.cancel_requested)
 
 
@@ -111,6 +112,7 @@ class Actor:
                 definition = self._definitions.get(first.operation.verb)
                 if definition is None:
                     raise IllegalJournal(f"this Mica has no verb {first.operation.verb}")
+                first.begun = True
                 await Runner(self._env, definition, first.operation, first.canceller).run()
         except IllegalJournal as error:
             log.exception("operation cannot be followed", operation=first.operation.id)
@@ -230,8 +232,8 @@ class VmActor(Actor):
 
     @property
     def _begun(self) -> bool:
-        """The first operation has begun already, in an earlier life perhaps: it alone moves the observed state."""
-        return bool(self._waiting) and self._waiting[0].operation.state is not OperationState.QUEUED
+        """The first operation is under way, though not running just now: it alone moves the observed state."""
+        return bool(self._waiting) and self._waiting[0].begun
 
     async def _first_look(self) -> None:
         """After the daemon started: find the machine, unless an interrupted operation will see to that."""

@@ -16,9 +16,11 @@ from mica.engine.deadline import within
 from mica.engine.definition import Definition, Env, Ports, Proposal
 from mica.engine.inbox import decide
 from mica.engine.reconcilers import make_loops
-from mica.engine.records import MAX_ATTEMPTS, Claim, Draft, contended
+from mica.engine.reconcilers.trash import has_done_its_work
+from mica.engine.records import MAX_ATTEMPTS, Claim, Draft, Versioned, contended
 from mica.engine.registry import DEFINITIONS
 from mica.engine.sampler import UsageSampler
+from mica.engine.settle import NOT_FULLY
 from mica.engine.views import Views
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Actor as By
@@ -77,9 +79,9 @@ class Engine:
     async def _recover(self) -> None:
         """Give every VM its actor and every unfinished operation to the actor of its target, oldest first."""
         records = self.env.records
-        unfinished = [o.value for o in (await records.operations.scan()).values() if _active(o.value)]
-        for operation in sorted(unfinished, key=lambda o: (o.state is OperationState.QUEUED, o.created_at)):
-            self._actor(operation.target).enqueue(operation)
+        unfinished = [o for o in (await records.operations.scan()).values() if _active(o.value)]
+        for row in sorted(unfinished, key=_order):
+            self._actor(row.value.target).enqueue(row.value)
         for vm_id, status in (await records.statuses.scan()).items():
             if status.value.observed.state in LIVE | HALFWAY:
                 self._actor(f"vm/{vm_id}")
@@ -119,8 +121,9 @@ class Engine:
 
     async def _settled(self, vm_id: str) -> None:
         """A VM's process ended by itself. An ephemeral one has then done its work."""
-        vm = await self.env.records.vms.get(vm_id)
-        if vm is not None and vm.value.spec.ephemeral:
+        vm, status = await self.env.records.vms.get(vm_id), await self.env.records.statuses.get(vm_id)
+        if vm is not None and status is not None and has_done_its_work(vm.value, status.value.observed):
+            # If this is lost with the daemon, or refused, the reconciler of the trash does the same.
             await self.submit("vm.purge", vm_id, VmDelete(purge=True), by=ENGINE)
 
     # ── machines, for the steps of operations ─────────────────────────────────────────────────────────────────────
@@ -207,7 +210,14 @@ class Engine:
                 "that Idempotency-Key was used for another request",
                 hint="use a new key for each request, and the same one only to repeat it",
             )
-        return (await self.env.records.operations.need(claim.value.holder)).value
+        operation = await self.env.records.operations.get(claim.value.holder)
+        if operation is None:
+            raise MicaError(
+                Code.GONE,
+                "the operation of that Idempotency-Key is no longer kept",
+                hint="look at what is there, and use a new key if it is still to be done",
+            )
+        return operation.value
 
     async def _accept(
         self,
@@ -243,6 +253,7 @@ class Engine:
         if answer is Answer.ACCEPT:
             async with within(env.clock, PLAN_S):
                 await definition.plan(proposal)
+        self._check_queue(definition, f"{definition.noun}/{proposal.target_id}")
         now = env.clock.now()
         operation = Operation(
             id=str(uuid.uuid4()),
@@ -262,6 +273,22 @@ class Engine:
             draft.put(env.records.keys, key[0], Claim(operation.id, key[1], now), ABSENT)
         await env.records.commit(draft)
         return operation
+
+    def _check_queue(self, definition: Definition, target: str) -> None:
+        """Nothing queues without bound. VMs have asked their inbox; for what has none, and for builds, this is it."""
+        if definition.noun == "vm":
+            return
+        if definition.creates:
+            waiting = sum(len(a.waiting) for a in self._others.values())
+        else:
+            waiting = len(self._others[target].waiting) if target in self._others else 0
+        if waiting >= self.env.policy.inbox_capacity:
+            raise MicaError(
+                Code.BUSY,
+                f"{waiting} operations on images are waiting already",
+                hint="wait for some of them: `mica operation list`",
+                retryable=True,
+            )
 
     async def cancel(self, operation_id: str, *, by: By) -> Operation:
         """Ask an operation to stop and undo what it did. Raises ``state-conflict`` when it has ended already."""
@@ -297,12 +324,26 @@ class Engine:
         if how == "retry":
             actor.enqueue(operation)
         elif isinstance(actor, VmActor):
+            await self._mark_unfinished(actor.vm_id, operation)
             actor.look()
         return operation
+
+    async def _mark_unfinished(self, vm_id: str, operation: Operation) -> None:
+        """Whoever looks at the VM sees that something was left of it."""
+        reason = f"{NOT_FULLY} undone: {operation.verb}"
+        if await self.env.records.statuses.get(vm_id) is not None:
+            await self.env.records.statuses.update(
+                vm_id, lambda s: replace(s, observed=replace(s.observed, reason=reason, problem=operation.problem))
+            )
 
 
 def _active(operation: Operation) -> bool:
     return not operation.state.ended and operation.state is not OperationState.STUCK
+
+
+def _order(row: Versioned[Operation]) -> tuple[bool, float, int]:
+    """Those that run first, then by age. Of the same moment, the one that was written first was accepted first."""
+    return (row.value.state is OperationState.QUEUED, row.value.created_at, row.generation)
 
 
 def _check_generation(name: str, generation: int, if_match: int | None) -> None:

@@ -15,8 +15,9 @@ from mica.ports.hypervisor import Exit
 
 replace = msgspec.structs.replace
 
-# Why a VM whose deletion came to nothing is where it is: its disks may be gone.
-NOT_DELETED = "not fully deleted"
+# Why a VM is where it is of which something may be left or missing.
+NOT_FULLY = "not fully"
+NOT_DELETED = f"{NOT_FULLY} deleted"
 
 
 async def set_state(env: Env, vm_id: str, change: Callable[[VmObserved], VmObserved]) -> VmStatus:

@@ -103,8 +103,7 @@ async def undo_begin(context: Context) -> None:
     if status is not None and status.value.observed.state in LIVE and status.value.runtime is None:
         cancelled = context.failure is not None and context.failure.code is Code.CANCELLED
         reason = "its start was cancelled" if cancelled else "it could not be started"
-        problem = None if cancelled else context.failure
-        await stopped(env, vm_id, VmState.STOPPED, reason, problem, but=context.operation.id)
+        await stopped(env, vm_id, VmState.STOPPED, reason, context.failure, but=context.operation.id)
 
 
 async def prepare(context: Context) -> list[Volume]:

@@ -74,10 +74,10 @@ class Loop:
 def make_loops(env: Env, engine: Engine) -> list[Loop]:
     """Every loop of the engine, in no particular order."""
     return [
-        Loop("autostart", lambda: autostart.reconcile(env, engine), env.clock, 3600.0, 0.0),
+        Loop("autostart", lambda: autostart.reconcile(env, engine), env.clock, 5.0, 0.0),
         Loop("images", lambda: images.reconcile(env), env.clock, 3600.0, 0.0),
         Loop("leftovers", lambda: leftovers.reconcile(env), env.clock, 300.0, 2.0),
-        Loop("ledger", lambda: ledger.reconcile(env, engine), env.clock, 60.0, 5.0),
+        Loop("ledger", lambda: ledger.reconcile(env), env.clock, 60.0, 5.0),
         Loop("usage", lambda: usage.reconcile(env, engine), env.clock, 5.0, 0.5),
         Loop("guests", lambda: guests.reconcile(env, engine), env.clock, 2.0, 0.5),
         Loop("trash", lambda: trash.reconcile(env, engine), env.clock, 60.0, 10.0),

@@ -1,22 +1,35 @@
-"""Memory is promised only to VMs that run or are about to."""
+"""Memory is promised to the VMs that run or are about to, as much as they have, and to nobody else."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mica.engine.definition import Env
+from mica.engine.records import Draft, Ledger, Reservation
 from mica.model.transitions import LIVE
-
-if TYPE_CHECKING:
-    from mica.engine.engine import Engine
+from mica.ports.store import Conflict
 
 
-async def reconcile(env: Env, engine: Engine) -> str:
-    given_back = []
-    for vm_id in (await env.records.read_ledger()).value.reserved:
-        status = await env.records.statuses.get(vm_id)
-        live = status is not None and status.value.observed.state in LIVE
-        if not live and not engine.waiting(vm_id):
-            await env.records.release(vm_id)
-            given_back.append(vm_id[:8])
-    return f"took back the memory of {', '.join(given_back)}" if given_back else ""
+async def reconcile(env: Env) -> str:
+    # The ledger is read first and written only if it is still the same: a start that is accepted meanwhile changes it.
+    ledger = await env.records.read_ledger()
+    busy = {
+        o.value.target.partition("/")[2]
+        for o in (await env.records.operations.scan()).values()
+        if not o.value.state.ended
+    }
+    right: dict[str, Reservation] = {vm_id: r for vm_id, r in ledger.value.reserved.items() if vm_id in busy}
+    for vm_id, status in (await env.records.statuses.scan()).items():
+        runtime = status.value.runtime
+        if vm_id not in busy and status.value.observed.state in LIVE and runtime is not None:
+            right[vm_id] = Reservation(runtime.spec.memory, runtime.overhead)
+    wrong = {
+        vm_id for vm_id in {*right, *ledger.value.reserved} if right.get(vm_id) != ledger.value.reserved.get(vm_id)
+    }
+    if not wrong:
+        return ""
+    draft = Draft()
+    draft.put(env.records.ledger, "memory", Ledger(right), ledger.generation)
+    try:
+        await env.records.commit(draft)
+    except Conflict:
+        return ""  # somebody was quicker; the next round looks again
+    return f"corrected the memory of {', '.join(sorted(vm_id[:8] for vm_id in wrong))}"
