@@ -354,10 +354,12 @@ class GuestAgent:
                 details={"command": "guest-file-write", "written": written.count, "wanted": len(data)},
             )
 
+    def seek_request(self, handle: int, offset: int) -> Request[FileSeek]:
+        return Request("guest-file-seek", FileSeek, {"handle": handle, "offset": offset, "whence": "set"})
+
     async def file_seek(self, handle: int, offset: int) -> int:
         """Move to ``offset`` from the beginning; returns the position."""
-        arguments = {"handle": handle, "offset": offset, "whence": "set"}
-        return (await self.call(Request[FileSeek]("guest-file-seek", FileSeek, arguments))).position
+        return (await self.call(self.seek_request(handle, offset))).position
 
     async def file_flush(self, handle: int) -> None:
         await self.call(self.flush_request(handle))

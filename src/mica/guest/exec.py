@@ -27,6 +27,7 @@ from mica.guest.script import command_script
 from mica.guest.segments import SegmentReader
 from mica.guest.spool import Cursor, Spool, Stream
 from mica.guest.stdin import StdinWriter
+from mica.guest.tail import Tail, open_tails
 from mica.model.errors import Code, MicaError
 from mica.model.exec import ExecRecord, ExecState
 
@@ -34,8 +35,8 @@ OnChange = Callable[[ExecRecord], Awaitable[None]]
 
 MIN_PAUSE_S = 0.001
 MAX_PAUSE_S = 0.1
-QUICK_S = 0.03
-"""So long only the log is read: most commands have ended by then, and their output is fetched once."""
+QUICK_S = 0.05
+"""So long we look every few milliseconds: most commands have ended by then."""
 LINGER_S = 2.0
 KILL_GRACE_S = 5.0
 MAX_KILLS = 5
@@ -80,12 +81,14 @@ class GuestExec:
         self._on_change = on_change
         self._resumed = resumed
         self._readers = {
-            Stream.STDOUT: self._reader("o", Stream.STDOUT),
-            Stream.STDERR: self._reader("e", Stream.STDERR),
+            Stream.STDOUT: self._reader(runner.out, record.out_start, "ao", Stream.STDOUT),
+            Stream.STDERR: self._reader(runner.err, record.err_start, "ae", Stream.STDERR),
         }
         self._stdin = StdinWriter(runner.agent, runner) if record.spec.stdin else None
         self._wake = asyncio.Event()
         self._begun = self._moved = self._checked = time.monotonic()
+        self._looks = 0
+        self._looked = self._begun
         self._signals: list[int] = []
         self._sent: list[int] = []
         self._kills: list[float] = []
@@ -101,10 +104,9 @@ class GuestExec:
     def _events(self) -> CommandEvents:
         return self._runner.log.events
 
-    def _reader(self, letter: str, stream: Stream) -> SegmentReader:
-        prefix = self._runner.path(f"{letter}{self.record.sequence & 1}")
-        ack = self._runner.path(f"a{letter}")
-        return SegmentReader(self._runner.agent, prefix, ack, self._runners.window, SpoolSink(self.spool, stream))
+    def _reader(self, first: Tail, start: int, ack: str, stream: Stream) -> SegmentReader:
+        sink = SpoolSink(self.spool, stream)
+        return SegmentReader(self._agent, first, start, self._runner.path(ack), self._runners.window, sink)
 
     def _stream_events(self, stream: Stream) -> StreamEvents:
         return self._events.out if stream is Stream.STDOUT else self._events.err
@@ -112,7 +114,8 @@ class GuestExec:
     async def submit(self) -> None:
         """Give the command to the guest. The record must have been kept before."""
         spec = self.record.spec
-        await self._runner.submit(command_script(spec, self.record.sequence), stdin=spec.stdin)
+        sequence = self.record.sequence
+        await self._runner.submit(command_script(spec, sequence), numbered=sequence)
         self._begun = self._moved = time.monotonic()
 
     # What a user of it does
@@ -192,7 +195,7 @@ class GuestExec:
     def _hungry(self) -> bool:
         """More output is known to lie in the guest."""
         return any(
-            reader.segment < self._stream_events(stream).complete or reader.full
+            reader.segment < self._stream_events(stream).complete or reader.tail.full
             for stream, reader in self._readers.items()
         )
 
@@ -208,20 +211,28 @@ class GuestExec:
 
     async def _look(self) -> bool:
         """One exchange with the agent; true if something came."""
+        if not self._events.over:
+            self._looks += 1
+            self._looked = time.monotonic()
         runner = self._runner
-        if not runner.log_open and not await runner.open_log():
+        first = [reader.tail for reader in self._readers.values() if not reader.segment]
+        if not await open_tails(self._agent, [runner.events_tail, *first]):
             await self._end(outcome.lost(self.record, "the guest was restarted"))
             return False
-        reading = [(stream, reader) for stream, reader in self._readers.items() if reader.open]
-        answers = await self._agent.batch([runner.log_request(), *(reader.request() for _, reader in reading)])
+        # The log is read first, so what it calls complete cannot grow after the reads behind it.
+        reading = [(s, r) for s, r in self._readers.items() if r.tail.open and not r.exhausted(self._stream_events(s))]
+        answers = await self._agent.batch([runner.events_tail.request(), *(r.tail.request() for _, r in reading)])
         progressed = runner.take_log(answers[0])
         if progressed and self._stdin is not None:
             self._stdin.progressed()
         for (stream, reader), answer in zip(reading, answers[1:], strict=True):
             complete = reader.segment < self._stream_events(stream).complete
             progressed |= reader.take(answer, complete)
-            await reader.acknowledge()
-        progressed |= await self._open_segments()
+        for stream, reader in self._readers.items():
+            events = self._stream_events(stream)
+            await reader.advance(events)
+            if not reader.tail.open and not reader.exhausted(events) and events.complete >= reader.segment:
+                progressed |= await reader.open()
         if progressed:
             self._moved = time.monotonic()
         if self._finished():
@@ -234,17 +245,6 @@ class GuestExec:
     def _guest(self) -> str:
         return self._agent.guest
 
-    async def _open_segments(self) -> bool:
-        opened = False
-        # Before the command's start is logged, a segment may still hold what an earlier command wrote.
-        eager = self._events.started and (self._resumed or time.monotonic() - self._begun > QUICK_S)
-        for stream, reader in self._readers.items():
-            events = self._stream_events(stream)
-            wanted = eager or events.complete > reader.segment
-            if wanted and not reader.open and not reader.exhausted(events):
-                opened |= await reader.open_segment()
-        return opened
-
     def _finished(self) -> bool:
         events = self._events
         if events.exit_code is None:
@@ -254,7 +254,7 @@ class GuestExec:
     async def _trouble(self, error: MicaError, pause: float) -> float:
         """What a former daemon's death would do to us: go on by offset when the agent answers again."""
         for reader in self._readers.values():
-            reader.drop()
+            reader.forget()
         self._runner.drop()
         if error.code is Code.TOO_LARGE:
             await self._give_up(error)
@@ -342,16 +342,16 @@ class GuestExec:
         self.record = msgspec.structs.replace(record, ended_at=time.time(), pid=self._events.pid or record.pid)
         self._runners.background(self._tidy())
         if not self._resumed and self.record.state is ExecState.EXITED:
-            self._runners.learn(time.monotonic() - self._begun)
+            self._runners.learn(self._looked - self._begun, self._looks)
         await self._on_change(self.record)
 
     async def _tidy(self) -> None:
         events = self._events
         quick = all((self._stream_events(s).ended or 0) <= 1 for s in Stream)
         reusable = events.over and quick and not (self._resumed or self._sent or self._stdin or self._lost)
-        for reader in self._readers.values():
-            await reader.close()
+        handles = [handle for reader in self._readers.values() for handle in reader.leftovers()]
         if self._stdin is not None:
-            await self._stdin.release()
-        if self.record.state is not ExecState.LOST or not self._lost:
-            self._runners.release(self._runner, reusable=reusable)
+            self._stdin.end()
+            handles += await self._stdin.leftovers()
+        if not self._lost:
+            self._runners.release(self._runner, reusable=reusable, closing=handles)

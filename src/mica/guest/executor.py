@@ -61,7 +61,14 @@ class GuestExecutor:
                 raise
             return await self._plain(record, spool_dir, on_change, refusal)
         while True:
-            record = replace(record, guest_dir=runner.directory, guest_pid=runner.pid, sequence=runner.sequence + 1)
+            record = replace(
+                record,
+                guest_dir=runner.directory,
+                guest_pid=runner.pid,
+                sequence=runner.sequence + 1,
+                out_start=runner.out.offset,
+                err_start=runner.err.offset,
+            )
             await on_change(record)
             spool = Spool(spool_dir, limit=self._max_output)
             execution = GuestExec(self.runners, runner, record, spool, on_change, resumed=False)

@@ -3,7 +3,8 @@
 Lines, as :mod:`mica.guest.script` writes them (``i`` is the command's number, ``S`` is ``o`` or ``e``)::
 
     r PID           the runner is ready
-    s i PID         command i was started; PID is empty in a guest without /proc
+    a i PID         the process of command i waits to be told what to do; PID is ``*`` in a guest without /proc
+    s i             command i was started
     n i REASON      command i could not be started: program, cwd, user, setpriv
     g i S N         N segments of stream S are complete
     e i S N         stream S has ended after N segments
@@ -25,7 +26,7 @@ MAX_LINE = 256
 MAX_SEGMENTS = 10**9
 
 _STREAM_LINE = re.compile(rb"^([gew]) (\d{1,9}) ([oe]) (\d{1,9})$")
-_OTHER_LINE = re.compile(rb"^([snix]) (\d{1,9}) ?([A-Za-z0-9._*-]{0,64})$")
+_OTHER_LINE = re.compile(rb"^([asnix]) (\d{1,9}) ?([A-Za-z0-9._*-]{0,64})$")
 _READY_LINE = re.compile(rb"^r (\d{1,9})$")
 
 
@@ -65,10 +66,13 @@ class RunnerLog:
         self.runner_pid: int | None = None
         self.sequence = 0
         self.events = CommandEvents()
+        self._armed: tuple[int, int | None] = (0, None)
 
     def follow(self, sequence: int) -> CommandEvents:
         """From now on look for the events of this command."""
         self.sequence, self.events = sequence, CommandEvents()
+        if self._armed[0] == sequence:
+            self.events.pid = self._armed[1]
         return self.events
 
     def reset(self) -> None:
@@ -94,6 +98,8 @@ class RunnerLog:
             if int(match[2]) == self.sequence:
                 self._stream(match[1], self.events.out if match[3] == b"o" else self.events.err, int(match[4]))
         elif match := _OTHER_LINE.match(line):
+            if match[1] == b"a":
+                self._armed = int(match[2]), int(match[3]) if match[3].isdigit() else None
             if int(match[2]) == self.sequence:
                 self._other(match[1], match[3].decode("ascii"), line)
         else:
@@ -112,9 +118,10 @@ class RunnerLog:
 
     def _other(self, kind: bytes, word: str, line: bytes) -> None:
         events = self.events
-        if kind == b"s":
+        if kind == b"a":
+            events.pid = self._armed[1]
+        elif kind == b"s":
             events.started = True
-            events.pid = int(word) if word.isdigit() else None
         elif kind == b"n":
             events.never_ran = word or "unknown"
         elif kind == b"i":

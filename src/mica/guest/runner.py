@@ -16,7 +16,7 @@ import structlog
 from mica.guest import script
 from mica.guest.agent import AgentRefusedError, GuestAgent, Request
 from mica.guest.log import CommandEvents, RunnerLog
-from mica.guest.replies import FileRead
+from mica.guest.tail import Tail, open_tails
 from mica.model.errors import Code, MicaError
 from mica.model.units import KIB
 
@@ -27,14 +27,19 @@ MAX_IDLE = 2
 MAX_REUSE = 500
 START_TIMEOUT_S = 20.0
 RETRY_S = (1.0, 4.0, 15.0, 60.0)
-QUICK_S = 0.06
-_LOG_READ = 4 * KIB
+QUICK_S = 0.15
+MIN_TYPICAL_S = 0.001
+MAX_FIRST = 256 * KIB
+"""A runner whose first segments hold more than this is not used again."""
 
 _log = structlog.get_logger(__name__)
 
 
 class Runner:
-    """One runner. ``sequence`` is the number of the command it executes or executed last."""
+    """One runner. ``sequence`` is the number of the command it executes or executed last.
+
+    ``out`` and ``err`` are the first segments of its streams, open from one command to the next.
+    """
 
     def __init__(self, agent: GuestAgent, directory: str, pid: int, sequence: int = 0) -> None:
         self.agent = agent
@@ -43,78 +48,77 @@ class Runner:
         self.sequence = sequence
         self.log = RunnerLog(agent.guest)
         self.log.follow(sequence)
-        self._log_handle: int | None = None
-        self._log_offset = 0
-        self._stale: list[int] = []
+        self.events_tail = Tail(agent, self.path("l"))
+        self.out = Tail(agent, self.path("o.0"))
+        self.err = Tail(agent, self.path("e.0"))
+        self._closing: list[int] = []
         self._door: int | None = None
+        self._bell: int | None = None
+        self._arming = asyncio.Lock()
 
     def path(self, name: str) -> str:
         return f"{self.directory}/{name}"
 
-    @property
-    def log_open(self) -> bool:
-        return self._log_handle is not None
-
-    def log_request(self) -> Request[Any]:
-        assert self._log_handle is not None
-        return self.agent.read_request(self._log_handle, _LOG_READ)
-
-    def take_log(self, answer: FileRead | AgentRefusedError) -> bool:
-        """Take what :meth:`log_request` brought; true if something has happened."""
-        if isinstance(answer, AgentRefusedError):
-            if answer.lost_handle:
-                self.forget()
-                return False
-            raise answer
-        self.agent.check_read(answer, _LOG_READ)
-        self._log_offset += answer.count
-        return self.log.feed(answer.buf_b64)
-
-    async def open_log(self) -> bool:
-        """Open the log where reading stopped; false when there is none: the guest was restarted."""
-        opened, *_ = await self.agent.batch(
-            [self.agent.open_request(self.path("l")), *(self.agent.close_request(h) for h in self._stale)]
-        )
-        self._stale.clear()
-        if isinstance(opened, AgentRefusedError):
-            if opened.absent_file:
-                return False
-            raise await self.agent.explain(opened) from opened
-        if self._log_offset:
-            await self.agent.file_seek(opened, self._log_offset)
-        self._log_handle = opened
-        return True
+    def take_log(self, answer: Any) -> bool:
+        """Take the answer to a request of ``events_tail``; true if something has happened."""
+        data, _ = self.events_tail.look(answer)
+        self.events_tail.advance(len(data))
+        return self.log.feed(data)
 
     def drop(self) -> None:
         """We do not know what the agent answered last: read on by offset."""
-        if self._log_handle is not None:
-            self._stale.append(self._log_handle)
-            self._log_handle = None
+        self.events_tail.drop()
 
     def forget(self) -> None:
         """The agent has forgotten its handles."""
-        self._log_handle = self._door = None
-        self._stale.clear()
+        for tail in (self.events_tail, self.out, self.err):
+            tail.forget()
+        self._door = self._bell = None
+        self._closing.clear()
 
-    async def submit(self, text: str, *, stdin: bool) -> CommandEvents:
-        """Start the next command, whose shell is ``text``. Number it first: ``sequence + 1``."""
+    async def arm(self, after: int, closing: Sequence[int] = ()) -> None:
+        """Open the file for the command after command ``after``, and the way to tell of it; close other handles.
+
+        Opening empties the file, so it must not happen when that command has been written already.
+        """
+        async with self._arming:
+            agent = self.agent
+            requests: list[Request[Any]] = [agent.close_request(handle) for handle in closing]
+            if self.sequence != after:
+                if requests:
+                    await agent.batch(requests)
+                return
+            if self._door is None:
+                requests.append(agent.open_request(self.path("x"), "w"))
+            if self._bell is None:
+                requests.append(agent.open_request(self.path("c"), "r+"))
+            if not requests:
+                return
+            opened = list(await agent.batch(requests))[len(closing) :]
+            _succeed(opened)
+            if self._door is None:
+                self._door = opened.pop(0)
+            if self._bell is None:
+                self._bell = opened.pop(0)
+
+    async def submit(self, text: str, *, numbered: int) -> CommandEvents:
+        """Give it its next command, whose shell is ``text`` and whose number must be ``sequence + 1``."""
         agent = self.agent
+        assert numbered == self.sequence + 1
+        await self.arm(self.sequence)
         self.sequence += 1
         events = self.log.follow(self.sequence)
-        requests: list[Request[Any]] = [agent.open_request(self.path("x"), "w")]
-        if self._door is None:
-            requests.append(agent.open_request(self.path("c"), "r+"))
-        opened = _succeed(await agent.batch(requests))
-        if self._door is None:
-            self._door = opened[1]
-        word = f"{self.sequence} {int(stdin)}\n".encode()
+        assert self._door is not None
+        assert self._bell is not None
+        door, self._door = self._door, None
+        word = f"{self.sequence}\n".encode()
         _succeed(
             await agent.batch(
                 [
-                    agent.write_request(opened[0], text.encode()),
-                    agent.close_request(opened[0]),
-                    agent.write_request(self._door, word),
-                    agent.flush_request(self._door),
+                    agent.write_request(door, text.encode()),
+                    agent.close_request(door),
+                    agent.write_request(self._bell, word),
+                    agent.flush_request(self._bell),
                 ]
             )
         )
@@ -137,13 +141,17 @@ class Runner:
         *pids, last = output.split("\n")[:-1]
         return len(pids), last.removeprefix("start").strip()
 
+    def leave(self, handles: Sequence[int]) -> None:
+        """Handles to close when it is retired."""
+        self._closing += handles
+
     async def retire(self) -> None:
         """End it, its pumps, its directory. What its command left running keeps running."""
-        self.drop()
-        stale = [*self._stale, *([self._door] if self._door is not None else [])]
+        closing = [h for tail in (self.events_tail, self.out, self.err) for h in tail.leftovers()]
+        closing += [*self._closing, *(h for h in (self._door, self._bell) if h is not None)]
         self.forget()
-        if stale:
-            await self.agent.batch([self.agent.close_request(handle) for handle in stale])
+        if closing:
+            await self.agent.batch([self.agent.close_request(handle) for handle in closing])
         await self._run(script.RETIRE, [self.directory, str(self.pid)])
         try:
             await self.agent.exec_wait(self.pid, timeout_s=5.0)
@@ -174,10 +182,16 @@ class Runners:
         self._tasks: set[asyncio.Task[None]] = set()
         self.typical_s = 0.002
 
-    def learn(self, seconds: float) -> None:
-        """A command took this long. Looking earlier than quick ones usually end only takes the guest's time."""
-        if seconds < QUICK_S:
-            self.typical_s += (seconds * 0.8 - self.typical_s) / 4
+    def learn(self, seconds: float, looks: int) -> None:
+        """A command was found ended by look number ``looks``, that long after its start.
+
+        Looking earlier than quick commands usually end only takes the guest's time, so the first look comes just when
+        about half of them have: later after a look too early, earlier after one that found the end at once.
+        """
+        if looks == 1:
+            self.typical_s = max(self.typical_s * 0.9, MIN_TYPICAL_S)
+        elif seconds < QUICK_S:
+            self.typical_s += (seconds - self.typical_s) / 4
 
     async def prepare(self) -> None:
         """Have one waiting, so that the first command is as quick as the others."""
@@ -188,12 +202,22 @@ class Runners:
         """A runner that waits for a command. Raises ``agent-failed`` where the guest cannot have one."""
         return self._idle.pop() if self._idle else await self._start()
 
-    def release(self, runner: Runner, *, reusable: bool) -> None:
-        """The command has ended. What is not ``reusable`` is ended in the background."""
-        if reusable and len(self._idle) < MAX_IDLE and runner.sequence < MAX_REUSE:
+    def release(self, runner: Runner, *, reusable: bool, closing: Sequence[int]) -> None:
+        """The command has ended. What is not ``reusable`` is ended in the background; ``closing`` are handles."""
+        small = runner.out.offset + runner.err.offset < MAX_FIRST and runner.sequence < MAX_REUSE
+        if reusable and small and len(self._idle) < MAX_IDLE:
             self._idle.append(runner)
+            self.background(self._quietly(runner.arm(runner.sequence, closing)))
         else:
+            runner.leave(closing)
             self.background(self._retire(runner))
+
+    async def _quietly(self, work: Coroutine[Any, Any, None]) -> None:
+        """What fails here fails again, and aloud, when the runner is given its next command."""
+        try:
+            await work
+        except MicaError as error:
+            _log.debug("runner not made ready", guest=self.agent.guest, error=str(error))
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:
         """Clean up off the critical path; awaited in :meth:`close`."""
@@ -248,14 +272,16 @@ class Runners:
 
     async def _end_command(self, runner: Runner) -> None:
         """An exec that no daemon remembers: nobody will ever read its output, so it must not run on."""
-        if not await runner.alive() or not await runner.open_log():
+        if not await runner.alive() or not await open_tails(self.agent, [runner.events_tail]):
             return
-        data = b""
-        while (read := await self.agent.call(runner.log_request())).count:
-            data += read.buf_b64
-        started = [line.split(b" ") for line in data.split(b"\n") if line[:2] in (b"s ", b"x ")]
-        if started and started[-1][0] == b"s" and started[-1][-1].isdigit():
-            await runner.signal(9, int(started[-1][-1]), "")
+        log = b""
+        while data := runner.events_tail.look(await self.agent.call(runner.events_tail.request()))[0]:
+            runner.events_tail.advance(len(data))
+            log += data
+        lines = [line.split(b" ") for line in log.split(b"\n") if line[:2] in (b"a ", b"s ", b"x ")]
+        armed = [line for line in lines if line[0] == b"a" and line[-1].isdigit()]
+        if armed and lines[-1][0] == b"s":
+            await runner.signal(9, int(armed[-1][-1]), "")
 
     async def _start(self) -> Runner:
         agent = self.agent
@@ -272,10 +298,10 @@ class Runners:
             directory = await self._find(pid, token)
             runner = Runner(agent, directory, pid)
             pause = 0.001
-            if not await runner.open_log():
+            if not await open_tails(agent, [runner.events_tail]):
                 raise self._no_directory()
             while runner.log.runner_pid is None:
-                runner.take_log(await agent.call(runner.log_request()))
+                runner.take_log(await agent.call(runner.events_tail.request()))
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, 0.02)
         if runner.log.runner_pid != pid:

@@ -8,24 +8,24 @@ a process from the agent costs more than everything else together, and the two p
 Files in the directory::
 
     l           the log: one line for each event, appended; see :mod:`mica.guest.log`
-    c           FIFO by which the host says: run command number i (``i stdin``), or leave (``q``)
-    x           the command, a file of shell that the runner reads (``.``)
+    x           what to do next: shell that becomes the command
+    c           FIFO by which the host says that it has written x, with the number of the command
+    f           there is a feeder of stdin
     o e i s     FIFOs: the command's stdout, stderr, stdin, and the host's word to the feeder of stdin
-    oP.N eP.N   segments of stdout and stderr, P the parity of i: at most 1 MiB each, the host reads them by offset
+    o.N e.N     segments of stdout and stderr, the host reads them by offset; segment 0 is appended to by every command
     ao ae       FIFOs by which the host says how many segments it has read; the pump removes those
     in.*        what the host writes for stdin
 
-A pump copies a pipe into segments. ``dd`` counts reads, not bytes, so a segment has at most 128 times 8 KiB and
+A pump copies a pipe into segments. ``dd`` counts reads, not bytes, so a segment grows by at most 128 times 8 KiB and
 everything that was written appears at once. When ``K`` segments are unread the pump waits, then the pipe fills, then
-the command waits: the guest never holds more than K + 1 MiB for each stream. The parity keeps the output of command i
-in place while the pumps of command i + 1 already wait; the first segments are emptied before command i is accepted, so
-whoever reads them after its ``s`` line reads nothing of command i - 2.
+the command waits: the guest never holds more than K + 1 MiB for each stream. A runner whose command needed more than
+segment 0 is not used again.
 
 Redirections of the pumps stand on a group, not on the function: around a function call dash keeps copies of what it
 closes, and a pump that holds the writing end of its own pipe never sees its end.
 
 Shell in dash and busybox reads a FIFO byte by byte, which costs a system call each: lines are short, and whatever is
-longer goes through a file.
+longer goes through a file. The process of the next command is forked beforehand and waits for its number.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ mica_log() { echo "$*" >>"$D/l"; }
 mica_pump() {
   n=0 k=0
   while :; do
-    LC_ALL=C dd bs=@BLOCK@ count=@READS@ of="$1$2.$n" 2>"t$1" || { mica_log w $i $1 $n; exit; }
+    LC_ALL=C dd bs=@BLOCK@ count=@READS@ 2>"t$1" >>"$1.$n" || { mica_log w $i $1 $n; exit; }
     IFS='+ ' read -r a b r <"t$1"
     case $a$b in
-      '' | *[!0-9]*) [ -s "$1$2.$n" ] || break ;;
+      '' | *[!0-9]*) [ $n = 0 ] || [ -s "$1.$n" ] || break ;;
       *)
+        if [ $((a + b)) = 0 ]; then break; fi
         if [ $((a + b)) -lt @READS@ ]; then
-          [ -s "$1$2.$n" ] && n=$((n + 1))
+          n=$((n + 1))
           break
         fi ;;
     esac
@@ -75,7 +76,7 @@ mica_pump() {
       read -r a <&3 || exit
       r=
       while [ $k -lt $a ]; do
-        r="$r $1$2.$k"
+        r="$r $1.$k"
         k=$((k + 1))
       done
       [ "$r" ] && rm -f $r
@@ -102,47 +103,28 @@ i=0
 exec 7<>c
 while :; do
   i=$((i + 1))
-  p=$((i & 1))
   exec 3<>o 4<>e
   exec 5<o 6<e 8>o 9>e
   exec 3>&- 4>&-
-  { mica_pump o $p; } <&5 5<&- 6<&- 7<&- 8>&- 9>&- &
+  { mica_pump o; } <&5 5<&- 6<&- 7<&- 8>&- 9>&- &
   o=$!
-  { mica_pump e $p; } <&6 5<&- 6<&- 7<&- 8>&- 9>&- &
+  { mica_pump e; } <&6 5<&- 6<&- 7<&- 8>&- 9>&- &
   e=$!
   exec 5<&- 6<&-
-  : >o$p.0
-  : >e$p.0
-  [ $i = 1 ] && mica_log r $$
-  read -r a b <&7 || exit
-  if [ "$a" != $i ]; then
-    cd / && rm -rf "$D"
-    exit
-  fi
-  f=
-  if [ "$b" = 1 ]; then
-    exec 3<>i
-    exec 5<i 6>i
-    exec 3>&-
-    { mica_feed; } >&6 5<&- 6>&- 7<&- 8>&- 9>&- </dev/null &
-    f=$!
-    exec 6>&-
-  else
-    exec 5</dev/null
-  fi
+  [ $i = 1 ] && : >>o.0 && : >>e.0 && mica_log r $$
   (
     umask 022
     set -- /proc/self/task/*
-    mica_log s $i ${1##*/}
-    . ./x
-  ) <&5 >&8 2>&9 5<&- 7<&- 8>&- 9>&-
+    mica_log a $i ${1##*/}
+    read -r a <&7 && [ "$a" = $i ] && exec 7<&- && . ./x
+    exit 125
+  ) </dev/null >&8 2>&9 8>&- 9>&-
   r=$?
-  exec 5<&- 8>&- 9>&-
+  exec 8>&- 9>&-
   mica_log x $i $r
-  if [ "$f" ]; then
+  if [ -e f ]; then
     exec 3<>s
     echo q >&3
-    wait $f
     exec 3>&-
   fi
   wait $o $e
@@ -163,6 +145,14 @@ mica_user() {
   unset IFS
   U=${3-} G=${4-} N=${1-} HOME=${6:-/} SHELL=${7:-/bin/sh}
 }
+"""
+
+_FEEDER = """\
+: >f
+exec 3<>i
+exec <i 6>i 3>&-
+( { mica_feed; } >&6 6>&- 2>/dev/null </dev/null & )
+exec 6>&-
 """
 
 _SETPRIV = "setpriv --help 2>&1 | grep -q init-groups"
@@ -273,7 +263,9 @@ def quote(text: str) -> str:
 def command_script(spec: ExecSpec, sequence: int) -> str:
     """What the runner reads to become the command. What cannot be done is logged as ``n SEQUENCE REASON``."""
     never = f"mica_log n {sequence}"
-    lines: list[str] = []
+    lines = [f"mica_log s {sequence}"]
+    if spec.stdin:
+        lines += _FEEDER.splitlines()
     prefix: list[str] = []
     if spec.user is not None:
         lines += _switch_user(spec.user, never)

@@ -1,25 +1,18 @@
 """Reading one stream of a command from its segments in the guest, each byte once.
 
-The reader says what it wants asked of the agent (``request``), takes the answer (``take``), and moves from segment to
-segment as the runner's log says that one is complete. Bytes go to a sink first, then the cursor moves, then the guest
-is told that it may remove what was read: a daemon that dies between any two of these reads again what it already has,
-and the sink's size tells it where to go on.
+Bytes go to a sink first, then the cursor moves, then the guest is told that it may remove what was read: a daemon that
+dies between any two of these reads again what it already has, and the sink's size tells it where to go on.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Protocol
 
-from mica.guest.agent import AgentRefusedError, GuestAgent, Request
+from mica.guest.agent import AgentRefusedError, GuestAgent
 from mica.guest.log import StreamEvents
-from mica.guest.replies import FileRead
 from mica.guest.spool import Cursor
+from mica.guest.tail import Tail, open_tails
 from mica.model.errors import MicaError
-from mica.model.units import KIB
-
-MIN_READ = 16 * KIB
-MAX_READ = 256 * KIB
 
 
 class Sink(Protocol):
@@ -36,23 +29,37 @@ class Sink(Protocol):
 
 
 class SegmentReader:
-    """One stream of one command. ``prefix`` is the path of its segments up to their number, ``ack_path`` its FIFO."""
+    """One stream of one command.
 
-    def __init__(self, agent: GuestAgent, prefix: str, ack_path: str, window: int, sink: Sink) -> None:
+    ``first`` is segment 0, which the runner keeps open and which begins for this command at offset ``start``;
+    ``ack_path`` is the FIFO by which the pump is told what was read, ``window`` how much it leaves unread.
+    """
+
+    def __init__(self, agent: GuestAgent, first: Tail, start: int, ack_path: str, window: int, sink: Sink) -> None:
         self._agent = agent
-        self._prefix = prefix
+        self._stem = first.path.removesuffix("0")
         self._ack_path = ack_path
         self._window = window
         self._sink = sink
         cursor = sink.load()
         self._segment, self._base = cursor.segment, cursor.base
-        self._stale = list(cursor.handles)
-        self._handle: int | None = None
+        self._closing = list(cursor.handles)
         self._ack_handle: int | None = None
         self._acked = 0
         self._resumed = self._segment > 0
-        self._count = MIN_READ
-        self.full = False
+        inside = sink.position() - self._base
+        if self._segment == 0:
+            self._tail = first
+            if first.offset != start + inside:
+                first.drop()
+                first.offset = start + inside
+        else:
+            self._tail = Tail(agent, f"{self._stem}{self._segment}", inside)
+
+    @property
+    def tail(self) -> Tail:
+        """What to read now."""
+        return self._tail
 
     @property
     def segment(self) -> int:
@@ -62,84 +69,62 @@ class SegmentReader:
         """Everything that the command wrote to this stream has been taken."""
         return events.ended is not None and self._segment >= events.ended
 
-    @property
-    def open(self) -> bool:
-        return self._handle is not None
-
-    def request(self) -> Request[FileRead]:
-        assert self._handle is not None
-        return self._agent.read_request(self._handle, self._count)
-
-    async def open_segment(self) -> bool:
-        """Open the present segment where reading stopped; false while the guest has not made it yet."""
-        path = f"{self._prefix}.{self._segment}"
-        requests: list[Request[Any]] = [self._agent.open_request(path)]
-        requests += [self._agent.close_request(handle) for handle in self._stale]
-        opened, *_ = await self._agent.batch(requests)
-        self._stale.clear()
-        if isinstance(opened, AgentRefusedError):
-            if opened.absent_file:
-                return False
-            raise await self._agent.explain(opened) from opened
-        offset = self._sink.position() - self._base
-        if offset > 0:
-            await self._agent.file_seek(opened, offset)
-        self._handle = opened
-        if self._segment or offset:
+    async def open(self) -> bool:
+        """Open the present segment; false while the guest has not made it yet."""
+        fresh = not self._tail.open
+        opened = await open_tails(self._agent, [self._tail])
+        if opened and fresh and self._segment:
             self._save()
-        return True
+        return opened
 
-    def take(self, answer: FileRead | AgentRefusedError, complete: bool) -> bool:
-        """Take what was read; ``complete``: before it was read, this segment could not grow any more.
+    def take(self, answer: Any, complete: bool) -> bool:
+        """Take what was read; ``complete``: before it was read, this segment could not grow any more for us.
 
         Returns whether there were bytes. Raises what the sink raises; then nothing was taken, and the same bytes come
-        again after :meth:`forget`.
+        again.
         """
-        if isinstance(answer, AgentRefusedError):
-            if answer.lost_handle:
-                self.forget()
-                return False
-            raise answer
-        self._agent.check_read(answer, self._count)
-        if answer.count:
+        data, eof = self._tail.look(answer)
+        if data:
             try:
-                self._sink.put(answer.buf_b64)
+                self._sink.put(data)
             except MicaError:
-                self.drop()
+                self._tail.drop()
                 raise
-        self.full = answer.count == self._count
-        self._count = min(self._count * 2, MAX_READ) if self.full else MIN_READ
-        if complete and answer.eof:
-            self._segment += 1
-            self._base = self._sink.position()
-            self.drop()
-            self._save()
-        return answer.count > 0
+        self._tail.advance(len(data))
+        if complete and eof:
+            self._next()
+        return bool(data)
 
-    def drop(self) -> None:
-        """Close the handle with the next request; what is read next is read by offset."""
-        self.full = False
-        if self._handle is not None:
-            self._stale.append(self._handle)
-            self._handle = None
+    def _next(self) -> None:
+        if self._segment:
+            self._closing += self._tail.leftovers()
+        self._segment += 1
+        self._base = self._sink.position()
+        self._tail = Tail(self._agent, f"{self._stem}{self._segment}")
 
-    def forget(self) -> None:
-        """The agent has forgotten its handles, or we do not know what it answered: go on by offset."""
-        self._handle = self._ack_handle = None
+    async def advance(self, events: StreamEvents) -> None:
+        """After :meth:`take`: remember where we are, and let the guest remove what was read.
 
-    async def acknowledge(self) -> None:
-        """Let the guest remove what was read: after half a window, and once after taking over from a former daemon."""
+        It is told after half a window, and once after taking over from a former daemon, which may not have told it.
+        """
+        if self.exhausted(events) or self._segment == 0:
+            return
         due = self._resumed or self._segment - self._acked >= max(1, self._window // 2)
         if not due or self._segment <= self._acked:
             return
         if self._ack_handle is None:
             self._ack_handle = await self._agent.file_open(self._ack_path, "r+")
-            self._save()
+        self._save()
         word = f"{self._segment}\n".encode()
-        written, flushed = await self._agent.batch(
-            [self._agent.write_request(self._ack_handle, word), self._agent.flush_request(self._ack_handle)]
+        closing, self._closing = self._closing, []
+        answers = await self._agent.batch(
+            [
+                self._agent.write_request(self._ack_handle, word),
+                self._agent.flush_request(self._ack_handle),
+                *(self._agent.close_request(handle) for handle in closing),
+            ]
         )
-        for answer in (written, flushed):
+        for answer in answers[:2]:
             if isinstance(answer, AgentRefusedError):
                 self._ack_handle = None
                 if answer.lost_handle:
@@ -148,16 +133,17 @@ class SegmentReader:
         self._acked, self._resumed = self._segment, False
 
     def _save(self) -> None:
-        handles = tuple(h for h in (self._handle, self._ack_handle, *self._stale) if h is not None)
-        self._sink.save(Cursor(self._segment, self._base, handles))
+        handles = (self._tail.handle, self._ack_handle, *self._closing)
+        self._sink.save(Cursor(self._segment, self._base, tuple(h for h in handles if h is not None)))
 
-    async def close(self) -> None:
-        """Give the agent its handles back; a guest that does not answer keeps them."""
-        self.drop()
-        if self._ack_handle is not None:
-            self._stale.append(self._ack_handle)
-            self._ack_handle = None
-        stale, self._stale = self._stale, []
-        if stale:
-            with contextlib.suppress(MicaError):
-                await self._agent.batch([self._agent.close_request(handle) for handle in stale])
+    def forget(self) -> None:
+        """We do not know what the agent answered: go on by offset."""
+        self._tail.drop()
+
+    def leftovers(self) -> list[int]:
+        """Handles to give back to the agent when reading is over; segment 0 stays open for the next command."""
+        if self._segment:
+            self._closing += self._tail.leftovers()
+        handles = [*self._closing, *([self._ack_handle] if self._ack_handle is not None else [])]
+        self._closing, self._ack_handle = [], None
+        return handles

@@ -8,7 +8,6 @@ log says which files were taken, so that at most ``MAX_FILES`` of 1 MiB lie in t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 from collections.abc import Sequence
 
@@ -101,14 +100,12 @@ class StdinWriter:
                 await agent.batch([agent.write_request(self._bell, word), agent.flush_request(self._bell)])
             )
 
-    async def release(self) -> None:
-        """Give the agent its handles back."""
+    async def leftovers(self) -> list[int]:
+        """Handles to give back to the agent when the command has ended."""
         async with self._lock:
             handles = [handle for handle in (self._handle, self._bell) if handle is not None]
             self._handle = self._bell = None
-        if handles:
-            with contextlib.suppress(MicaError):
-                await self._agent.batch([self._agent.close_request(handle) for handle in handles])
+        return handles
 
     def _check(self) -> None:
         if self._ended is not None:

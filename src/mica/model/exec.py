@@ -53,7 +53,7 @@ class ExecRecord(msgspec.Struct, frozen=True, kw_only=True):
     """An exec as it is kept: all that a new daemon needs to find it again in the guest.
 
     ``guest_dir`` and ``guest_pid`` are the runner in the guest that executes it as its ``sequence``-th command, ``pid``
-    the command itself. Times are Unix seconds. ``exit_code`` follows the shell: 128 + n for a command ended by signal
+    the command itself; ``out_start`` and ``err_start`` are where its output begins in the runner's first segments. Times are Unix seconds. ``exit_code`` follows the shell: 128 + n for a command ended by signal
     n, and then ``signal`` is n. ``reduced`` says what the guest could not give, for people.
     """
 
@@ -64,6 +64,8 @@ class ExecRecord(msgspec.Struct, frozen=True, kw_only=True):
     guest_dir: str = ""
     guest_pid: int = 0
     sequence: int = 0
+    out_start: int = 0
+    err_start: int = 0
     pid: int | None = None
     exit_code: int | None = None
     signal: int | None = None
