@@ -13,6 +13,7 @@ import pytest
 
 from mica.cli.app import SECTIONS, build_app, top_help
 from mica.cli.main import move_global_options
+from mica.cli.reference import markdown
 from mica.cli.streams import EscapeKeys
 from mica.cli.text import facts, table
 from mica.cli.vm_log import added, harmless, last_lines
@@ -65,25 +66,32 @@ def test_version() -> None:
     assert mica("--version").out == "mica 0.1.0\n"
 
 
-def test_summaries_agree_with_what_the_commands_say_of_themselves() -> None:
-    """The tree says in one line what a command is for, so that nothing is imported; the command says it again."""
+def commands(app: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name in app:
+        if not name.startswith("-"):
+            yield f"{path} {name}", app[name]
+            yield from commands(app[name], f"{path} {name}")
 
-    def walk(app: Any, path: str) -> None:
-        for name in app:
-            if name.startswith("-"):
-                continue
-            sub = app[name]
-            listed = sub.help.split("\n")[0]
-            if sub.default_command is not None:
-                own = (sub.default_command.__doc__ or "").split("\n")[0]
-                assert own.rstrip(".").startswith(listed.rstrip(".").split(",")[0].split(";")[0][:12]), f"{path} {name}"
-            walk(sub, f"{path} {name}")
 
-    app = build_app()
-    walk(app["vm"], "vm")
-    walk(app["image"], "image")
-    walk(app["operation"], "operation")
-    walk(app["daemon"], "daemon")
+def test_the_tree_and_the_commands_say_the_same() -> None:
+    """The tree says in one line what a command is for, so that nothing is imported for it."""
+    for path, app in commands(build_app(), "mica"):
+        if app.default_command is not None and path.count(" ") > 1:
+            own = app.default_command.__doc__.split("\n")[0]
+            assert own.startswith(app.help.rstrip(".")), path
+
+
+def test_every_option_of_every_command_is_explained() -> None:
+    for path, app in commands(build_app(), "mica"):
+        if app.default_command is not None:
+            for argument in app.assemble_argument_collection(parse_docstring=True):
+                if argument.show and argument.parse:
+                    assert argument.parameter.help, f"{path} {argument.names}"
+
+
+def test_the_reference_is_what_the_commands_say() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
+    assert page.read_text(encoding="utf-8") == markdown(), "python -m mica.cli.reference > docs/reference/cli.md"
 
 
 def test_a_vm_through_its_life(run: Any) -> None:

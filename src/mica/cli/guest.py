@@ -72,7 +72,8 @@ async def run_in_guest(ctx: Context, vm: VmHandle, argv: Sequence[str], how: Gue
             with ctx.interrupts.taken_by(passer.take):
                 await alongside(show(), *helpers)
         except asyncio.CancelledError:
-            ctx.say(f"the command goes on in {vm.name}")
+            if not vm.rm:
+                ctx.say(f"the command goes on in {vm.name}")
             raise
     result = stream.result()
     if ctx.json:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from cyclopts import App
     from cyclopts.argument import Argument
 
+# Where the words of somebody else begin.
+_DASHED = {"mica run": "COMMAND", "mica vm exec": "COMMAND", "mica up": "ARGUMENTS", "mica daemon run": "ARGUMENTS"}
+
 INTRO = """\
 # The command line
 
@@ -69,7 +72,7 @@ def _page(path: str, app: App) -> list[str]:
     assert command is not None
     text = inspect.cleandoc(command.__doc__ or "").split("\nParameters\n")[0].strip()
     arguments = [item for item in _arguments(app) if _positional(item)]
-    usage = " ".join([path, "[OPTIONS]", *(_argument_usage(item) for item in arguments)])
+    usage = " ".join([path, "[OPTIONS]", *(_argument_usage(item, path) for item in arguments)])
     out = [f"## {path}", "", text, "", "```text", usage, "```", ""]
     rows = [f"| `{_placeholder(item)}` | {_help(item)} |" for item in arguments]
     rows += _options(app, shared=False)[2:]
@@ -102,11 +105,12 @@ def _placeholder(item: Argument) -> str:
     return item.names[0].lstrip("-").upper() if item.names else item.field_info.name.upper()
 
 
-def _argument_usage(item: Argument) -> str:
+def _argument_usage(item: Argument, path: str) -> str:
     text = _placeholder(item)
+    dashes = "-- " if _DASHED.get(path) == text else ""
     if item.field_info.kind is inspect.Parameter.VAR_POSITIONAL:
-        return f"[{text}…]"
-    return text if item.required else f"[{text}]"
+        return f"[{dashes}{text}…]"
+    return dashes + text if item.required else f"[{dashes}{text}]"
 
 
 def _value(item: Argument) -> str:
@@ -120,6 +124,9 @@ def _help(item: Argument) -> str:
     choices = item.get_choices()
     if choices:
         text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
+    default = item.field_info.default
+    if isinstance(default, str | int | float) and not isinstance(default, bool) and default != "":
+        text += f" Default: `{default:g}`." if isinstance(default, int | float) else f" Default: `{default}`."
     return text
 
 

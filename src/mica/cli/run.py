@@ -57,7 +57,8 @@ async def run(
         body = make_create(image, start=True, ephemeral=rm, **shape.fields())
         operation = await ctx.perform(client, client.vms.create(body, wait=False), cancel=True)
         vm = await client.vms.get(vm_id(operation))
-        if not rm or not command:
+        vm.rm = rm and bool(command)
+        if not vm.rm:
             return await _use(ctx, vm, command, how, agent=found.image.agent, agent_timeout_s=agent_timeout)
         try:
             return await _use(ctx, vm, command, how, agent=found.image.agent, agent_timeout_s=agent_timeout)
@@ -92,7 +93,8 @@ async def _wait_agent(ctx: Context, vm: VmHandle, timeout_s: float) -> None:
             waiting.result()
         except asyncio.CancelledError:
             progress.close()
-            ctx.say(f"{vm.name} goes on starting; look at it with: mica vm console {vm.name}")
+            if not vm.rm:
+                ctx.say(f"{vm.name} goes on starting; look at it with: mica vm console {vm.name}")
             raise
         finally:
             waiting.cancel()
@@ -114,7 +116,9 @@ def _outcome(vm: VmHandle) -> str:
 
 async def _remove(ctx: Context, client: Client, vm: VmHandle) -> None:
     """Also after Ctrl-C; another Ctrl-C leaves it to the daemon."""
-    absorb_cancellation()
+    if ctx.interrupts.last is not None:
+        ctx.say(f"deleting {vm.name}")
+        absorb_cancellation()
     try:
         async with asyncio.timeout(_REMOVE_TIMEOUT_S):
             await vm.remove()

@@ -45,7 +45,7 @@ async def console(
             ctx.say(f"the console of {handle.name}; " + (HELP if terminal else "Ctrl-C leaves"))
             with ExitStack() as stack:
                 if terminal and fd is not None:
-                    stack.callback(ctx.world.write_bytes, b"\x1b[0m\r\n")
+                    stack.callback(ctx.world.write_bytes, b"\x1b[0m\n")
                     stack.enter_context(raw_terminal(fd))
                 await _talk(ctx, serial, fd, terminal=terminal)
     if serial.missed:

@@ -33,7 +33,9 @@ async def log(
     options: Options = DEFAULTS,
     ctx: Annotated[Context, Hidden],
 ) -> None:
-    """Show what a VM's serial console said (by default), what QEMU said, or what was done with the VM.
+    """Show what a VM's console or QEMU said, or what was done with it.
+
+    Without a choice it is the history of the serial console.
 
     Parameters
     ----------

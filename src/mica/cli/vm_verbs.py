@@ -127,7 +127,9 @@ async def delete(
     options: Options = DEFAULTS,
     ctx: Annotated[Context, Hidden],
 ) -> int:
-    """Put VMs into the trash, from which mica vm restore brings them back until they expire.
+    """Put VMs into the trash, or delete them at once.
+
+    From the trash mica vm restore brings them back until they expire.
 
     Parameters
     ----------
