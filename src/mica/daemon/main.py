@@ -26,6 +26,7 @@ from mica.engine.definition import Ports
 from mica.engine.engine import Engine
 from mica.engine.execs import ExecRows
 from mica.engine.records import Records
+from mica.guest.copy import Copies
 from mica.guest.guests import AgentGuests
 from mica.guest.sessions import ExecSessions
 from mica.host import slices
@@ -75,6 +76,7 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
             hypervisor=hypervisor,
             consoles=consoles,
             execs=execs,
+            copies=Copies(execs, guests),
             settings=settings,
             doctor=functools.partial(builder.doctor, share),
             started_at=builder.clock.now(),

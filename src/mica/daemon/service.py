@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ import structlog
 from mica import __version__
 from mica.daemon.settings import Settings
 from mica.engine.engine import Engine
+from mica.guest.copy import Copies, CopySummary
 from mica.guest.sessions import ExecSessions
 from mica.host.facts import read_facts
 from mica.model.doctor import DoctorReport
@@ -42,6 +44,7 @@ class Service:
         hypervisor: QemuHypervisor,
         consoles: Consoles,
         execs: ExecSessions,
+        copies: Copies,
         settings: Settings,
         doctor: Callable[[bool], Awaitable[DoctorReport]],
         started_at: float,
@@ -52,6 +55,7 @@ class Service:
         self._hypervisor = hypervisor
         self._consoles = consoles
         self._execs = execs
+        self._copies = copies
         self._settings = settings
         self._doctor = doctor
         self._started_at = started_at
@@ -218,3 +222,15 @@ class Service:
 
     async def exec_kill(self, vm: str, exec_id: str, signal: int) -> None:
         await self._execs.kill(await self._records.resolve_vm(vm), exec_id, signal)
+
+    async def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> CopySummary:
+        vm_id, name, runtime = await self._guest(vm)
+        log.info("copy in", vm=name, by=by.name, source=by.source, path=dest)
+        return await self._copies.copy_in(vm_id, name, runtime, dest, tar)
+
+    async def copy_out(self, vm: str, path: str, *, by: Actor) -> AsyncIterator[bytes]:
+        vm_id, name, runtime = await self._guest(vm)
+        log.info("copy out", vm=name, by=by.name, source=by.source, path=path)
+        async with aclosing(self._copies.copy_out(vm_id, name, runtime, path)) as pieces:
+            async for piece in pieces:
+                yield piece

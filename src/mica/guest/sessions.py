@@ -18,9 +18,10 @@ from mica.guest.exec import GuestExec
 from mica.guest.executor import GuestExecutor
 from mica.guest.guests import AgentGuests
 from mica.guest.plain import PlainExec
-from mica.guest.spool import Spool, Stream
+from mica.guest.spool import DEFAULT_LIMIT, Spool, Stream
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.exec import ExecRecord, ExecSpec
+from mica.model.units import Bytes
 from mica.model.vm import VmRuntime
 from mica.ports.clock import Clock
 from mica.ports.execs import ExecRecords
@@ -29,6 +30,8 @@ log = structlog.get_logger()
 
 # Ended commands, and their output, are kept for each VM: so many, the newest.
 KEPT = 50
+# In the environment of commands that carry a copy: without the client that feeds it, a copy is ended, not taken over.
+COPY_MARK = "MICA_COPY"
 VM_ENDED = "the VM ended while the command ran"
 
 
@@ -48,7 +51,7 @@ class ExecSessions:
         self._clock = clock
         self._known: dict[str, ExecRecord] = {}
         self._active: dict[str, _Active] = {}
-        self._executors: dict[str, GuestExecutor] = {}
+        self._executors: dict[tuple[str, int], GuestExecutor] = {}
         self._group: asyncio.TaskGroup | None = None
         guests.on_forget(self._vm_ended)
         guests.on_erase(self._vm_erased)
@@ -75,15 +78,19 @@ class ExecSessions:
             if record.vm_id in live:
                 name, runtime = live[record.vm_id]
                 executor = self._executor(record.vm_id, name, runtime)
-                self._follow(executor.resume(record, self._directory(record), self._save))
+                execution = executor.resume(record, self._directory(record), self._save)
+                self._follow(execution)
+                if COPY_MARK in record.spec.env:
+                    await execution.stop()
             else:
                 ended = outcome.lost(record, VM_ENDED)
                 await self._save(msgspec.structs.replace(ended, ended_at=self._clock.now()))
 
-    def _executor(self, vm_id: str, name: str, runtime: VmRuntime) -> GuestExecutor:
-        known = self._executors.get(vm_id)
+    def _executor(self, vm_id: str, name: str, runtime: VmRuntime, max_output: Bytes = DEFAULT_LIMIT) -> GuestExecutor:
+        known = self._executors.get((vm_id, max_output))
         if known is None:
-            known = self._executors[vm_id] = GuestExecutor(self._guests.agent(vm_id, name, runtime))
+            agent = self._guests.agent(vm_id, name, runtime)
+            known = self._executors[vm_id, max_output] = GuestExecutor(agent, max_output=max_output)
         return known
 
     def _directory(self, record: ExecRecord) -> Path:
@@ -120,10 +127,15 @@ class ExecSessions:
 
     # ── what the API does ─────────────────────────────────────────────────────────────────────────────────────────
 
-    async def start(self, vm_id: str, name: str, runtime: VmRuntime, spec: ExecSpec) -> ExecRecord:
-        """Start a command. Raises ``invalid``, ``agent-unavailable``, ``agent-failed``."""
+    async def start(
+        self, vm_id: str, name: str, runtime: VmRuntime, spec: ExecSpec, *, max_output: Bytes = DEFAULT_LIMIT
+    ) -> ExecRecord:
+        """Start a command. Raises ``invalid``, ``agent-unavailable``, ``agent-failed``.
+
+        ``max_output`` bounds what is kept of its output on the host; beyond that it is ended with ``too-large``.
+        """
         exec_id = str(uuid.uuid4())
-        execution = await self._executor(vm_id, name, runtime).start(
+        execution = await self._executor(vm_id, name, runtime, max_output).start(
             spec, exec_id=exec_id, vm_id=vm_id, spool_dir=self._spool_dir / vm_id / exec_id, on_change=self._save
         )
         self._follow(execution)
@@ -164,6 +176,14 @@ class ExecSessions:
         else:
             await execution.write_stdin(data)
 
+    async def discard(self, vm_id: str, exec_id: str) -> None:
+        """End a command if it still runs, and forget it and its output."""
+        active = self._active.get(exec_id)
+        if active is not None:
+            await active.execution.stop()
+            await asyncio.wait({active.task}, timeout=30.0)
+        await self._forget([self.get(vm_id, exec_id)])
+
     async def kill(self, vm_id: str, exec_id: str, signal: int) -> None:
         await self._running(vm_id, exec_id).kill(signal)
 
@@ -182,9 +202,8 @@ class ExecSessions:
             active.execution.lose(VM_ENDED)
         if mine:
             await asyncio.wait({active.task for active in mine}, timeout=10.0)
-        executor = self._executors.pop(vm_id, None)
-        if executor is not None:
-            await executor.close()
+        for key in [key for key in self._executors if key[0] == vm_id]:
+            await self._executors.pop(key).close()
 
     async def _vm_erased(self, vm_id: str) -> None:
         await self._forget([r for r in self._known.values() if r.vm_id == vm_id])
