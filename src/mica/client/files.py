@@ -1,0 +1,61 @@
+"""Files in and out of a guest, from and to this host."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from mica.client.tarring import CopyReport, OnBytes, measure, pack, unpack
+from mica.client.transport import Transport, path_of
+from mica.model.errors import invalid
+
+__all__ = ["CopyReport", "OnBytes", "copy_in", "copy_out"]
+
+# No byte of a copy has come for so long: the guest, or whatever it waits for, hangs.
+IDLE_S = 300.0
+
+
+async def copy_in(
+    transport: Transport,
+    vm: str,
+    source: Path,
+    dest: str,
+    is_directory: Callable[[str], Awaitable[bool]],
+    on_progress: OnBytes | None = None,
+) -> CopyReport:
+    """Copy a file or directory to ``dest`` in the guest: into it where it is a directory there, else by that name.
+
+    Raises ``not-found``, ``invalid``, and what the guest refuses it with; then nothing of it is in the guest.
+    """
+    if not dest.startswith("/"):
+        raise invalid(f"{dest!r} is no absolute path in a guest", hint="begin it with /")
+    source = source.absolute()
+    report = measure(source)
+    if dest.endswith("/") or await is_directory(dest):
+        directory, name = dest, source.name
+    else:
+        directory, name = posixpath.split(dest)
+    if not name:
+        raise invalid(f"{source} has no name to copy it by", hint="name the file or directory itself")
+    async with transport.stream(
+        "PUT",
+        path_of("vms", vm, "files"),
+        params={"path": directory},
+        content=pack(source, name, on_progress),
+        headers={"Content-Type": "application/x-tar"},
+        idle_s=IDLE_S,
+    ) as response:
+        await response.aread()
+    return report
+
+
+async def copy_out(
+    transport: Transport, vm: str, path: str, dest: Path, on_progress: OnBytes | None = None
+) -> CopyReport:
+    """Copy ``path`` of the guest to ``dest`` here: into it where it is a directory, else by that name.
+
+    Raises ``not-found``, ``invalid``, ``corrupt``; then nothing of it is here.
+    """
+    async with transport.stream("GET", path_of("vms", vm, "files"), params={"path": path}, idle_s=IDLE_S) as response:
+        return await unpack(response.aiter_bytes(), dest, on_progress)
