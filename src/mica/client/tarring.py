@@ -1,263 +1,247 @@
-"""Tar streams on this side of a copy: packing what lies here, unpacking what a guest sent.
+"""Files as tar streams on the caller's side: packing what goes into a guest, unpacking what comes out of one.
 
-What a guest sends is hostile input. Only directories that the unpacking itself has made are written into, so no link
-leads out; absolute names and ``..`` are refused; devices, FIFOs and links that point outside are left out and named.
-Everything is unpacked beside its destination and moved into place at the end, or not at all.
+What comes out of a guest is hostile input: it is unpacked with Python's ``data`` filter (PEP 706), which refuses
+absolute paths, ``..``, links that lead out and devices, into a directory beside the destination, and moved into place
+only when the whole stream has arrived. The format is pax (POSIX.1-2001), as ``tarfile`` writes it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import os
-import posixpath
 import shutil
-import stat
 import tarfile
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO
-
-import msgspec
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from pathlib import Path
+from typing import IO, cast
 
 from mica.model.errors import Code, MicaError, invalid, not_found
-from mica.model.units import Bytes
+from mica.model.units import MIB, format_size
 
-CHUNK = 256 * 1024
-OnBytes = Callable[[int, int | None], None]
+CHUNK = MIB
+END = bytes(2 * tarfile.BLOCKSIZE)
+"""Two blocks of zeros end an archive: without them it was cut off, even at the border of a file."""
 
-
-class CopyReport(msgspec.Struct, frozen=True):
-    """What was copied; ``skipped`` names what could not be: devices, sockets, and links to outside of the copy."""
-
-    files: int
-    bytes: Bytes
-    skipped: tuple[str, ...] = ()
+Count = Callable[[int], None]
+"""Called with the bytes of the stream so far."""
 
 
-def measure(source: Path) -> CopyReport:
-    """Count what a copy of ``source`` will carry. Raises ``not-found``, ``invalid`` for what cannot be copied."""
-    files = size = 0
-    for _, path in _walk(source, source.name):
+def measure(source: Path) -> int:
+    """Bytes that :func:`pack` will give, about: for showing progress and for checking the space there."""
+    total = len(END)
+    for path in _walk(source):
         status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            files += 1
-        if stat.S_ISREG(status.st_mode):
-            size += status.st_size
-    return CopyReport(files, Bytes(size))
+        total += tarfile.BLOCKSIZE
+        if path.is_file() and not path.is_symlink():
+            total += -(-status.st_size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return total
 
 
-def _walk(source: Path, name: str) -> Iterator[tuple[str, Path]]:
-    """(name in the archive, path) of ``source`` and everything below it; links are not followed."""
-    try:
-        mode = source.lstat().st_mode
-    except FileNotFoundError:
-        raise not_found("file", str(source)) from None
-    yield name, source
-    if stat.S_ISDIR(mode):
-        for entry in sorted(os.scandir(source), key=lambda e: e.name):
-            yield from _walk(Path(entry.path), f"{name}/{entry.name}")
+async def pack(source: Path, name: str, *, count: Count | None = None) -> AsyncIterator[bytes]:
+    """A tar stream of a file, link or directory, called ``name`` in it, owned by root, modes and times kept.
 
-
-def _header(name: str, path: Path, target: IO[bytes] | None) -> tarfile.TarInfo | None:
-    """The archive's entry for ``path``, owned by the guest's root; ``None`` for what a copy does not carry."""
-    status = os.fstat(target.fileno()) if target is not None else path.lstat()
-    info = tarfile.TarInfo(name)
-    info.mode = stat.S_IMODE(status.st_mode)
-    info.mtime = status.st_mtime
-    info.uname = info.gname = "root"
-    if stat.S_ISDIR(status.st_mode):
-        info.type = tarfile.DIRTYPE
-    elif stat.S_ISLNK(status.st_mode):
-        info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
-    elif stat.S_ISREG(status.st_mode):
-        info.size = status.st_size
-    else:
-        return None
-    return info
-
-
-async def pack(source: Path, name: str, on_progress: OnBytes | None = None) -> AsyncIterator[bytes]:
-    """``source`` as a tar stream whose top entry is ``name``. Raises ``not-found``, ``invalid`` when it changes."""
-    done, total = 0, measure(source).bytes
-    for entry, path in _walk(source, name):
-        regular = stat.S_ISREG(path.lstat().st_mode)
-        file = path.open("rb") if regular else None
-        try:
-            info = _header(entry, path, file)
-            if info is None:
-                continue
-            yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-            left = info.size
-            while file is not None and left:
-                data = await asyncio.to_thread(file.read, min(CHUNK, left))
-                if not data:
-                    raise invalid(
-                        f"{path} became shorter while it was copied", hint="copy it when nothing writes to it"
-                    )
-                left -= len(data)
-                done += len(data)
-                yield data
-                if on_progress is not None:
-                    on_progress(done, total)
-            if info.size % tarfile.BLOCKSIZE:
-                yield bytes(tarfile.BLOCKSIZE - info.size % tarfile.BLOCKSIZE)
-        finally:
-            if file is not None:
-                file.close()
-    yield bytes(2 * tarfile.BLOCKSIZE)
-
-
-class _Unpacking:
-    """Unpacks members into ``stage``. Runs in a thread: tarfile reads its stream by blocking."""
-
-    def __init__(self, stage: Path) -> None:
-        self._stage = stage
-        self._made = {PurePosixPath()}
-        self._times: list[tuple[Path, float]] = []
-        self.top: set[str] = set()
-        self.files = 0
-        self.bytes = 0
-        self.skipped: list[str] = []
-
-    def run(self, stream: IO[bytes]) -> None:
-        # Closed here, so that whoever feeds the stream is told when this ends early.
-        with stream:
-            try:
-                with tarfile.open(fileobj=stream, mode="r|") as archive:
-                    for member in archive:
-                        self._one(archive, member)
-                while stream.read(CHUNK):
-                    pass  # whatever follows the end of the archive is the stream's padding
-            except tarfile.TarError as error:
-                raise MicaError(Code.CORRUPT, f"what the guest sent is no archive: {error}") from error
-        for path, mtime in reversed(self._times):
-            os.utime(path, (mtime, mtime))
-
-    def _one(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        name = PurePosixPath(member.name)
-        if name.is_absolute() or ".." in name.parts or "\0" in member.name:
-            raise MicaError(Code.CORRUPT, f"the guest's archive names {member.name!r}, outside of what was asked for")
-        if name == PurePosixPath():
-            return
-        self._parents(name.parent)
-        path = self._stage / name
-        self.top.add(name.parts[0])
-        if member.isdir():
-            self._directory(name)
-            path.chmod(stat.S_IMODE(member.mode) & 0o777 | 0o700)
-            self._times.append((path, member.mtime))
-        elif member.isreg():
-            self._file(archive, member, path)
-        elif member.issym() and self._inside(name, member.linkname):
-            self._free(path)
-            path.symlink_to(member.linkname)
-            self.files += 1
-        elif member.islnk() and self._known(member.linkname):
-            self._free(path)
-            os.link(self._stage / member.linkname, path, follow_symlinks=False)
-            self.files += 1
-        else:
-            self.skipped.append(member.name)
-
-    def _parents(self, directory: PurePosixPath) -> None:
-        for parent in [*reversed(directory.parents), directory]:
-            self._directory(parent)
-
-    def _directory(self, name: PurePosixPath) -> None:
-        if name not in self._made:
-            # What an earlier member put there, a link perhaps, gives way: nothing is written through it.
-            self._free(self._stage / name)
-            (self._stage / name).mkdir(mode=0o755)
-            self._made.add(name)
-
-    def _free(self, path: Path) -> None:
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.exists():
-            raise MicaError(Code.CORRUPT, f"the guest's archive has {path.name!r} twice, once as a directory")
-
-    def _file(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-        self._free(path)
-        source = archive.extractfile(member)
-        assert source is not None
-        with path.open("xb") as target:
-            shutil.copyfileobj(source, target, CHUNK)
-            if target.tell() != member.size:
-                raise MicaError(Code.CORRUPT, f"{member.name!r} broke off in the middle")
-        path.chmod(stat.S_IMODE(member.mode) & 0o777)
-        os.utime(path, (member.mtime, member.mtime))
-        self.files += 1
-        self.bytes += member.size
-
-    def _inside(self, name: PurePosixPath, target: str) -> bool:
-        where = posixpath.normpath(str(name.parent / target))
-        return not target.startswith("/") and where != ".." and not where.startswith("../")
-
-    def _known(self, target: str) -> bool:
-        name = PurePosixPath(target)
-        if name.is_absolute() or ".." in name.parts or name.parent not in self._made:
-            return False
-        return stat.S_ISREG((self._stage / name).lstat().st_mode) if (self._stage / name).exists() else False
-
-
-async def unpack(stream: AsyncIterator[bytes], dest: Path, on_progress: OnBytes | None = None) -> CopyReport:
-    """Unpack a stream with one top entry to ``dest``, or into it where it is a directory or ends with ``/``.
-
-    An existing file is replaced, an existing directory is merged into. Raises ``corrupt``, ``invalid``,
-    ``not-found`` (the directory that it goes into).
+    Raises ``not-found``, and ``invalid`` for devices, FIFOs, sockets and for a file that changes while it is read.
     """
-    into = dest if dest.is_dir() else dest.parent
-    if not into.is_dir():
-        raise not_found("directory", str(into), hint="make it first")
-    stage = Path(tempfile.mkdtemp(prefix=".mica-cp-", dir=into))
-    try:
-        work = _Unpacking(stage)
-        await _feed(stream, work, on_progress)
-        for name in sorted(work.top):
-            if (stage / name).exists() or (stage / name).is_symlink():
-                target = dest / name if dest.is_dir() else dest
-                await asyncio.to_thread(_land, stage / name, target)
-        return CopyReport(work.files, Bytes(work.bytes), tuple(work.skipped))
-    except OSError as error:
-        raise invalid(f"cannot write to {into}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-async def _feed(stream: AsyncIterator[bytes], work: _Unpacking, on_progress: OnBytes | None) -> None:
-    """Give the stream to the thread that unpacks, through a pipe: neither gets ahead of the other."""
-    read_end, write_end = os.pipe()
-    reading = asyncio.ensure_future(asyncio.to_thread(work.run, os.fdopen(read_end, "rb")))
+    if not name or "/" in name or name in (".", ".."):
+        raise invalid(f"{name!r} is not a name for a file in a guest")
+    if not os.path.lexists(source):
+        raise not_found("file", str(source))
+    pieces = _gather(_pack(source, name))
     done = 0
     try:
-        with os.fdopen(write_end, "wb", buffering=0) as sink:
-            async for piece in stream:
-                view = memoryview(piece)
-                while view:
-                    view = view[await asyncio.to_thread(sink.write, view) :]
-                done += len(piece)
-                if on_progress is not None:
-                    on_progress(done, None)
-    except BrokenPipeError:
-        pass  # the thread has ended, and says why
-    except BaseException:
-        # The pipe is closed by now: the thread sees a broken archive and ends.
-        await asyncio.wait({reading})
-        reading.exception()
-        raise
-    await reading
+        while piece := await asyncio.to_thread(next, pieces, b""):
+            done += len(piece)
+            if count is not None:
+                count(done)
+            yield piece
+    finally:
+        pieces.close()
 
 
-def _land(source: Path, target: Path) -> None:
-    """Move into place. Raises ``invalid`` where a directory would be replaced by a file."""
+def _walk(source: Path) -> Iterator[Path]:
+    yield source
     if source.is_dir() and not source.is_symlink():
-        if not target.is_dir():
-            source.rename(target)
-            return
-        for entry in sorted(source.iterdir()):
-            _land(entry, target / entry.name)
-        return
+        for child in sorted(source.iterdir()):
+            yield from _walk(child)
+
+
+def _gather(pieces: Iterator[bytes]) -> Generator[bytes, None, None]:
+    """Small pieces together, so that each step is worth a thread's while."""
+    waiting = bytearray()
+    for piece in pieces:
+        waiting += piece
+        if len(waiting) >= CHUNK:
+            yield bytes(waiting)
+            waiting.clear()
+    if waiting:
+        yield bytes(waiting)
+
+
+def _pack(source: Path, name: str) -> Iterator[bytes]:
+    # Only what tarfile knows about headers is wanted; it writes its own end of archive to nowhere.
+    with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for path in _walk(source):
+            inside = name if path == source else f"{name}/{path.relative_to(source)}"
+            info = tar.gettarinfo(path, inside)
+            if info is None or not (info.isreg() or info.isdir() or info.issym() or info.islnk()):
+                raise invalid(f"{path} is a device, FIFO or socket: it cannot be copied", hint="leave it out")
+            info.uid = info.gid = 0
+            info.uname = info.gname = ""
+            yield info.tobuf(tar.format, "utf-8", "surrogateescape")
+            if info.isreg():
+                yield from _content(path, info.size)
+    yield END
+
+
+def _content(path: Path, size: int) -> Iterator[bytes]:
+    left = size
+    with path.open("rb") as file:
+        while left:
+            piece = file.read(min(CHUNK, left))
+            if not piece:
+                raise invalid(f"{path} became shorter while it was read", hint="copy it when nothing writes to it")
+            left -= len(piece)
+            yield piece
+    yield bytes(-size % tarfile.BLOCKSIZE)
+
+
+async def unpack(stream: AsyncIterator[bytes], dest: Path, *, count: Count | None = None) -> Path:
+    """Unpack a tar stream with one top entry and return where that is now.
+
+    It lands in ``dest`` under its own name where ``dest`` is a directory, else as ``dest``. An existing file is
+    replaced at once; an existing directory is not touched. Nothing is there before everything is.
+
+    Raises ``not-found`` (no directory to land in), ``exists``, ``corrupt`` (a path trick, a device, a cut stream),
+    ``insufficient-disk``, and what the stream raises.
+    """
+    inside = dest.is_dir()
+    parent = dest if inside else dest.parent
+    if not parent.is_dir():
+        raise not_found("directory", str(parent))
+    stage = Path(tempfile.mkdtemp(prefix=".mica-cp-", dir=parent))
+    loop = asyncio.get_running_loop()
+    reader = _Reader(stream, loop, count)
+    try:
+        await _in_thread(_unpack, reader, stage)
+        entries = list(stage.iterdir())
+        if len(entries) != 1:
+            raise MicaError(Code.CORRUPT, f"the stream holds {len(entries)} entries at its top, one was expected")
+        return _land(entries[0], parent / entries[0].name if inside else dest)
+    finally:
+        await asyncio.to_thread(shutil.rmtree, stage, ignore_errors=True)
+
+
+async def _in_thread(work: Callable[[_Reader, Path], None], reader: _Reader, stage: Path) -> None:
+    """Like ``to_thread``, and a cancelled copy waits until the thread has stopped writing."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, reader, stage))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        reader.stop()
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()
+        raise
+
+
+def _land(entry: Path, target: Path) -> Path:
     if target.is_dir() and not target.is_symlink():
-        raise invalid(f"{target} is a directory, what came is not")
-    source.replace(target)
+        raise MicaError(
+            Code.EXISTS,
+            f"{target} is there already",
+            hint="name another destination, or remove it first",
+            details={"path": str(target)},
+        )
+    entry.replace(target)
+    return target
+
+
+def _unpack(reader: _Reader, stage: Path) -> None:
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", reader), mode="r|", bufsize=CHUNK) as tar:
+            for member in tar:
+                _room(member, stage)
+                tar.extract(member, stage, set_attrs=True, filter="data")
+        reader.drain()
+    except tarfile.FilterError as error:
+        raise MicaError(
+            Code.CORRUPT,
+            f"the guest sent what must not be unpacked: {error}",
+            hint="to copy links that lead elsewhere or devices, make an archive in the guest and copy that",
+        ) from error
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise MicaError(Code.CORRUPT, f"the stream is not a whole tar archive: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_room(stage, 0) from error
+        raise invalid(f"could not write to {stage.parent}: {error.strerror}") from error
+    if not reader.whole:
+        raise MicaError(Code.CORRUPT, "the stream was cut off before its end", retryable=True)
+
+
+def _room(member: tarfile.TarInfo, stage: Path) -> None:
+    if member.size > shutil.disk_usage(stage).free:
+        raise _no_room(stage, member.size)
+
+
+def _no_room(stage: Path, size: int) -> MicaError:
+    free = shutil.disk_usage(stage).free
+    needed = f"needs {format_size(size)}, " if size else ""
+    return MicaError(
+        Code.INSUFFICIENT_DISK,
+        f"no space for the copy in {stage.parent}: {needed}{format_size(free)} free",
+        hint="free some, or copy to another file system",
+        details={"needed": size, "free": free},
+    )
+
+
+class _Reader:
+    """The stream as ``tarfile`` wants it, in a thread: ``read`` waits for the event loop to bring more."""
+
+    def __init__(self, stream: AsyncIterator[bytes], loop: asyncio.AbstractEventLoop, count: Count | None) -> None:
+        self._stream = stream
+        self._loop = loop
+        self._count = count
+        self._waiting = b""
+        self._tail = b""
+        self._done = 0
+        self._stopped = False
+
+    @property
+    def whole(self) -> bool:
+        """The stream ended as an archive does."""
+        return self._done % tarfile.BLOCKSIZE == 0 and self._tail == END
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def read(self, size: int) -> bytes:
+        while len(self._waiting) < size and (piece := self._next()):
+            self._waiting += piece
+        data, self._waiting = self._waiting[:size], self._waiting[size:]
+        return data
+
+    def drain(self) -> None:
+        """Read to the end, behind the end of the archive too: the stream's last word may be that it was wrong."""
+        self._waiting = b""
+        while self._next():
+            continue
+
+    def _next(self) -> bytes:
+        if self._stopped:
+            raise EOFError("the copy was stopped")
+        piece = asyncio.run_coroutine_threadsafe(self._pull(), self._loop).result()
+        self._done += len(piece)
+        self._tail = (self._tail + piece)[-len(END) :]
+        if self._count is not None and piece:
+            self._loop.call_soon_threadsafe(self._count, self._done)
+        return piece
+
+    async def _pull(self) -> bytes:
+        async for piece in self._stream:
+            if piece:
+                return piece
+        return b""
