@@ -85,7 +85,7 @@ def _pack(source: Path, name: str) -> Iterator[bytes]:
     with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.PAX_FORMAT) as tar:
         for path in _walk(source):
             inside = name if path == source else f"{name}/{path.relative_to(source)}"
-            info = tar.gettarinfo(path, inside)
+            info = cast("tarfile.TarInfo | None", tar.gettarinfo(path, inside))  # None for a socket
             if info is None or not (info.isreg() or info.isdir() or info.issym() or info.islnk()):
                 raise invalid(f"{path} is a device, FIFO or socket: it cannot be copied", hint="leave it out")
             info.uid = info.gid = 0
