@@ -65,9 +65,11 @@ async def _stopped(life: Life) -> str:
 
 
 async def _running(life: Life) -> str:
+    if not life.rig.world.behaviours:
+        life.rig.world.behave("a", Behaviour(agent_after_s=0.2))
     await _stopped(life)
     await _succeed(life, "vm.start", "a", VmStart())
-    await life.advance(10.0)
+    await life.advance(1.0)
     return "a"
 
 

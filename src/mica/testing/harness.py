@@ -35,7 +35,7 @@ from mica.testing.store_faults import Crash, Fault, FaultyStore
 BY = Actor("tester", "test")
 
 # Turns of the event loop without a store or port being called: then everything waits for time.
-_QUIET_TURNS = 40
+_QUIET_TURNS = 20
 _TOO_LONG_S = 10_000.0
 
 Hook = Callable[[str, Context], Awaitable[None]]
@@ -86,12 +86,11 @@ class Life:
         """Time goes on, to the next moment at which anybody wakes, only while nothing else happens."""
         clock = self.rig.clock
         limit = clock.monotonic() + _TOO_LONG_S
-        while True:
-            await self.quiet()
-            if await condition():
-                return
+        await self.quiet()
+        while not await condition():
             if clock.next_wake is None or clock.monotonic() > limit:
                 raise StalledError("nothing happens any more")
+            # Whoever wakes gets many turns before this returns.
             await clock.advance(max(0.0, clock.next_wake - clock.monotonic()))
 
     async def quiet(self) -> None:
