@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from mica.client.console import Console
     from mica.client.execs import ExecResult, ExecStream, Stdin
-    from mica.client.tarring import CopyReport, OnBytes
+    from mica.client.archives import CopyReport, OnBytes
 
 
 class VmHandle:
@@ -173,24 +174,26 @@ class VmHandle:
         spec = execs.make_spec(argv, stdin=stdin, env=env, user=user, cwd=cwd, timeout_s=timeout_s)
         return execs.ExecStream(self._vms.transport, self.id, spec)
 
-    async def copy_in(self, source: Path, dest: str, *, on_progress: OnBytes | None = None) -> CopyReport:
+    async def copy_in(self, source: Path | str, dest: str, *, on_progress: OnCopied | None = None) -> CopyReport:
         """Copy a file or directory of this host into the guest: into ``dest`` where that is a directory, else as it.
 
         ``on_progress`` gets the bytes so far and the bytes in all. Raises ``not-found``, ``invalid``, ``corrupt``,
-        ``command-failed``; then nothing of it is in the guest.
+        ``agent-unavailable``; then nothing of it is in the guest.
         """
         from mica.client import files
 
         async def is_directory(path: str) -> bool:
             return (await self.exec("test", "-d", path, check=False)).exit_code == 0
 
-        return await files.copy_in(self._vms.transport, self.id, source, dest, is_directory, on_progress)
+        return await files.copy_in(
+            self._vms.transport, self.id, Path(source), dest, is_directory=is_directory, on_progress=on_progress
+        )
 
-    async def copy_out(self, path: str, dest: Path, *, on_progress: OnBytes | None = None) -> CopyReport:
+    async def copy_out(self, path: str, dest: Path | str, *, on_progress: OnCopied | None = None) -> CopyReport:
         """Copy a file or directory of the guest to this host: into ``dest`` where that is a directory, else as it.
 
         Raises as :meth:`copy_in`; then nothing of it is here. What a guest sends is unpacked as hostile input.
         """
         from mica.client import files
 
-        return await files.copy_out(self._vms.transport, self.id, path, dest, on_progress)
+        return await files.copy_out(self._vms.transport, self.id, path, Path(dest), on_progress=on_progress)
