@@ -93,7 +93,8 @@ async def start(
     control groups, for the keeper and for the program, before the program runs. Without a jail the program runs
     already while ``before`` is awaited. On any failure, cancelling included, nothing is left running.
 
-    Raises ``host-lacks`` when namespaces are refused, ``command-failed`` with bubblewrap's last words, ``timeout``.
+    Raises ``host-lacks`` when namespaces are refused, ``command-failed`` when a file of ``spec`` is not there (whether
+    that is noticed here or ends the program with status 1 is up to bubblewrap's pace), ``timeout``.
     """
     if jail.kind is JailKind.OFF:
         return await _start_bare(
@@ -113,10 +114,13 @@ async def start(
                 process = await _told(info_read, keeper, jail, output)
                 try:
                     await _hold(process, keeper, spec, before)
-                except BaseException:
+                except BaseException as error:
+                    ended = not process.alive
                     process.kill()
                     await process.wait_exit(_KEEPER_EXIT_S)
                     process.close()
+                    if ended and isinstance(error, OSError):  # bubblewrap gave up; its process cannot be held
+                        raise await _refused(keeper, jail, output) from error
                     raise
             os.write(hold, b"x")
         except TimeoutError as error:
@@ -263,6 +267,8 @@ async def _refused(keeper: LiveProcess, jail: Jail, output: Path) -> MicaError:
     status = await keeper.wait_exit(_KEEPER_EXIT_S)
     words = output.read_bytes()[-_LAST_WORDS:].decode(errors="replace").strip().splitlines()
     last = words[-1] if words else str(status)
+    if "No such file" in last:
+        return MicaError(Code.COMMAND_FAILED, f"the jail could not be made: {last}")
     return MicaError(Code.HOST_LACKS, f"the jail was refused: {last}", hint=advice(jail.kind is JailKind.ROOT))
 
 
