@@ -163,6 +163,18 @@ class World:
         roots = Path("/sys/fs/cgroup").glob(f"**/mica-{self.runtime.name}*")
         return sorted(child for root in roots for child in root.iterdir() if child.is_dir())
 
+    def cpu_limits(self) -> dict[str, float | None]:
+        """VM id → host processors that its control group gives it (v1 or v2); ``None`` is no limit."""
+        out: dict[str, float | None] = {}
+        for group in self.groups():
+            if (group / "cpu.cfs_quota_us").exists():
+                quota = int((group / "cpu.cfs_quota_us").read_text())
+                out[group.name] = None if quota < 0 else quota / int((group / "cpu.cfs_period_us").read_text())
+            elif (group / "cpu.max").exists():
+                first, period = (group / "cpu.max").read_text().split()
+                out[group.name] = None if first == "max" else int(first) / int(period)
+        return out
+
     def leftovers(self) -> list[str]:
         """What a home without VMs should not have: processes, run directories, RAM files, volumes, logs, groups."""
         out = [f"process {pid}: {words[:200]}" for pid, words in self.processes().items()]
