@@ -18,6 +18,7 @@ import structlog
 
 from mica.engine.deadline import within
 from mica.engine.definition import Definition, Env
+from mica.engine.inbox import Pending, pending
 from mica.engine.journal import IllegalJournal
 from mica.engine.saga import Canceller, Runner
 from mica.engine.settle import NOT_DELETED, moved, never_ran, set_state, settle
@@ -334,5 +335,6 @@ class VmActor(Actor):
             return None
 
 
-def vm_verbs(operations: tuple[Operation, ...]) -> list[VmVerb]:
-    return [VmVerb(o.verb) for o in operations]
+def requests(operations: tuple[Operation, ...]) -> list[Pending]:
+    """What an inbox holds, as the policy sees it."""
+    return [pending(VmVerb(o.verb), paused=bool(o.params.get("paused"))) for o in operations]

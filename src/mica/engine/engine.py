@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import structlog
 
-from mica.engine.actor import HALFWAY, Actor, VmActor, vm_verbs
+from mica.engine.actor import HALFWAY, Actor, VmActor, requests
 from mica.engine.deadline import within
 from mica.engine.definition import Definition, Env, Ports, Proposal
 from mica.engine.inbox import decide
@@ -242,7 +242,7 @@ class Engine:
             decision = decide(
                 proposal.target_name,
                 proposal.status.value.observed.state,
-                vm_verbs(actor.waiting),
+                requests(actor.waiting),
                 definition.state_verb,
                 capacity=env.policy.inbox_capacity,
                 stops_first=isinstance(params, VmDelete) and params.force,

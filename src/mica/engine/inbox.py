@@ -11,6 +11,18 @@ from mica.model.transitions import LIVE, RULES, Answer, VmVerb, answer
 from mica.model.vm import VmState
 
 
+class Pending(msgspec.Struct, frozen=True):
+    """An accepted request that has not ended. ``leads_to``: where it brings the VM, ``None`` nowhere."""
+
+    verb: VmVerb
+    leads_to: VmState | None
+
+
+def pending(verb: VmVerb, *, paused: bool = False) -> Pending:
+    """``paused``: a start that leaves the vCPUs held."""
+    return Pending(verb, VmState.PAUSED if verb is VmVerb.START and paused else RULES[verb].leads_to)
+
+
 class Decision(msgspec.Struct, frozen=True):
     """``expected`` is the state the VM will be in when the request's turn comes."""
 
@@ -19,17 +31,17 @@ class Decision(msgspec.Struct, frozen=True):
     error: MicaError | None = None
 
 
-def expected_state(state: VmState, waiting: Sequence[VmVerb]) -> VmState:
+def expected_state(state: VmState, waiting: Sequence[Pending]) -> VmState:
     """Where the VM will be after all that was accepted, if all goes well."""
-    for verb in waiting:
-        state = RULES[verb].leads_to or state
+    for request in waiting:
+        state = request.leads_to or state
     return state
 
 
 def decide(
-    name: str, state: VmState, waiting: Sequence[VmVerb], verb: VmVerb, *, capacity: int, stops_first: bool = False
+    name: str, state: VmState, waiting: Sequence[Pending], verb: VmVerb, *, capacity: int, stops_first: bool = False
 ) -> Decision:
-    """``waiting`` are the verbs accepted and not ended, oldest first, the running one among them.
+    """``waiting`` are the requests accepted and not ended, oldest first, the running one among them.
 
     ``stops_first``: the request brings a running VM down itself before it does what it is for.
     """
@@ -46,11 +58,11 @@ def decide(
         return Decision(Answer.DENY, expected, error)
     said = answer(verb, expected)
     # An "already so" holds only when nothing is under way that could still change it, or fail to.
-    if said is Answer.IGNORE and any(RULES[w].leads_to not in (None, state) for w in waiting):
+    if said is Answer.IGNORE and any(w.leads_to not in (None, state) for w in waiting):
         said = Answer.DENY
     if said is not Answer.DENY:
         return Decision(said, expected)
-    after = f" once its {waiting[-1]} has ended" if waiting else ""
+    after = f" once its {waiting[-1].verb} has ended" if waiting else ""
     error = MicaError(
         Code.STATE_CONFLICT,
         f"VM {name} is {expected}{after}; {verb.removeprefix('vm.')} is not possible then",
