@@ -27,6 +27,8 @@ from tests.api.fake_engine import FakeEngine
 
 T = TypeVar("T")
 
+TOKEN = "a token of this test"
+
 
 class Engine(FakeEngine):
     """Operations that are cancelled end at once, unless ``stubborn``."""
@@ -44,6 +46,7 @@ class Served:
     def __init__(self, socket: Path, kind: type[FakeEngine]) -> None:
         self.socket = socket
         self.url = f"unix://{socket}"
+        self.tcp_url = ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="api")
         self._thread.start()
@@ -69,9 +72,10 @@ class Served:
         lifetime = Lifetime()
         log = structlog.wrap_logger(None, processors=[_quiet])
         app = create_app(
-            self.engine, access=Access(uid=os.geteuid(), group="", token="t0ken"), log=log, lifetime=lifetime
+            self.engine, access=Access(uid=os.geteuid(), group="", token=TOKEN), log=log, lifetime=lifetime
         )
-        async with ApiServer(app, lifetime, unix=self.socket):
+        async with ApiServer(app, lifetime, unix=self.socket, tcp=("127.0.0.1", 0)) as server:
+            self.tcp_url = f"http://127.0.0.1:{server.port}"
             up.set()
             await self._stop.wait()
 

@@ -18,7 +18,7 @@ from mica.model.operation import Operation, OperationState
 from mica.model.units import MIB
 from mica.model.views import VmCreate, VmSet
 from mica.model.vm import AgentState, Publish, VmState
-from tests.unit.client_fixtures import Served, served
+from tests.unit.client_fixtures import TOKEN, Served, served
 
 replace = msgspec.structs.replace
 
@@ -146,7 +146,7 @@ async def test_events_go_on_after_a_restart_of_the_daemon(api: Served, client: C
 
 
 async def test_events_that_are_no_longer_kept_are_said_to_be_gone(api: Served, client: Client) -> None:
-    api.engine.oldest = 100
+    api.engine.now, api.engine.oldest = 200, 100
     with pytest.raises(MicaError) as caught:
         await anext(client.events(1))
     assert caught.value.code is Code.GONE
@@ -327,6 +327,25 @@ async def test_a_mutation_is_sent_again_after_a_lost_connection_and_happens_once
     assert operation.state is OperationState.SUCCEEDED
     assert len(requests) == 2
     assert [view.name for view in api.engine.machines.values()] == ["web"]
+
+
+async def test_over_tcp_with_a_token(api: Served, client: Client) -> None:
+    await client.vms.create(make_create("", name="web", start=True))
+    async with Client(api.tcp_url, TOKEN, environ={}) as remote:
+        vm = await remote.vms.get("web")
+        async with vm.console() as console:
+            await console.write(b"x")
+            assert await anext(console) == b"X"
+        assert (await vm.exec("both", check=False)).exit_code == 3
+    async with Client(api.tcp_url, "wrong", environ={}) as stranger:
+        with pytest.raises(MicaError) as caught:
+            await stranger.vms.list()
+        assert caught.value.code is Code.UNAUTHENTICATED
+        with pytest.raises(MicaError) as caught:
+            await stranger.transport.websocket("/v1/vms/web/console")
+        assert caught.value.code is Code.UNAUTHENTICATED
+    async with Client(environ={"MICA_URL": api.tcp_url, "MICA_TOKEN": TOKEN}) as remote:
+        assert (await remote.host()).hostname == "test"
 
 
 def test_urls() -> None:

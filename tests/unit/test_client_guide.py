@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from mica.model.exec import ExecRecord
+from mica.model.operation import Actor
 from mica.model.views import VmView
 from mica.model.vm import AgentState, VmState
 from tests.unit.client_fixtures import Engine, Served, served
@@ -29,9 +30,19 @@ class Guests(Engine):
         )
 
     async def _begin(self, record: ExecRecord) -> None:
-        if record.spec.argv[0] != "cat":
+        if record.spec.argv[0] == "test":
+            await self.end(record.id, 1)
+        elif record.spec.argv[0] != "cat":
             await self.say(record.id, "stdout", b"6.1.0\n")
             await self.end(record.id, 0)
+
+    async def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> dict[str, int]:
+        self.kept = [piece async for piece in tar]
+        return {}
+
+    async def copy_out(self, vm: str, path: str, *, by: Actor) -> AsyncIterator[bytes]:
+        for piece in self.kept:
+            yield piece
 
 
 @pytest.fixture
@@ -41,7 +52,10 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
         yield running
 
 
-async def test_the_examples_run(api: Served, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_examples_run(
+    api: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(examples) >= 8
     names: dict[str, Any] = {}

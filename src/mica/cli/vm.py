@@ -24,6 +24,7 @@ for _order, (_name, _path, _help, _group) in enumerate(
         ("restore", "mica.cli.vm_verbs:restore", "Bring a VM back from the trash.", _LIFE),
         ("exec", "mica.cli.vm_exec:exec_", "Run a command in a guest.", _INSIDE),
         ("console", "mica.cli.vm_console:console", "Sit at a VM's serial console.", _INSIDE),
+        ("cp", "mica.cli.vm_cp:cp", "Copy files and directories into or out of a guest.", _INSIDE),
         ("log", "mica.cli.vm_log:log", "Show what a VM's console or QEMU said, or what was done with it.", _INSIDE),
     )
 ):

@@ -16,11 +16,9 @@ from mica.model.views import VmSet, VmView
 from mica.model.vm import VmState
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from mica.client.archives import CopyReport, OnBytes
     from mica.client.console import Console
     from mica.client.execs import ExecResult, ExecStream, Stdin
-    from mica.client.archives import CopyReport, OnBytes
 
 
 class VmHandle:
@@ -174,7 +172,7 @@ class VmHandle:
         spec = execs.make_spec(argv, stdin=stdin, env=env, user=user, cwd=cwd, timeout_s=timeout_s)
         return execs.ExecStream(self._vms.transport, self.id, spec)
 
-    async def copy_in(self, source: Path | str, dest: str, *, on_progress: OnCopied | None = None) -> CopyReport:
+    async def copy_in(self, source: Path | str, dest: str, *, on_progress: OnBytes | None = None) -> CopyReport:
         """Copy a file or directory of this host into the guest: into ``dest`` where that is a directory, else as it.
 
         ``on_progress`` gets the bytes so far and the bytes in all. Raises ``not-found``, ``invalid``, ``corrupt``,
@@ -189,7 +187,7 @@ class VmHandle:
             self._vms.transport, self.id, Path(source), dest, is_directory=is_directory, on_progress=on_progress
         )
 
-    async def copy_out(self, path: str, dest: Path | str, *, on_progress: OnCopied | None = None) -> CopyReport:
+    async def copy_out(self, path: str, dest: Path | str, *, on_progress: OnBytes | None = None) -> CopyReport:
         """Copy a file or directory of the guest to this host: into ``dest`` where that is a directory, else as it.
 
         Raises as :meth:`copy_in`; then nothing of it is here. What a guest sends is unpacked as hostile input.
