@@ -21,10 +21,13 @@ from rich.table import Table
 from mica import Client, MicaError
 from mica.client import daemon
 from mica.client.handle import VmHandle
+from mica.model.errors import Code
 from mica.model.vm import AgentState, VmState
 
 HOME = Path(__file__).resolve().parent.parent / ".cache" / "demo"
 NAMES = ("alpha", "beta", "gamma")
+ADOPTION_S = 60
+LONG_JOB = "for i in 1 2 3 4 5 6; do echo line $i; sleep 0.5; done"
 
 console = Console(highlight=False)
 
@@ -52,21 +55,29 @@ class Report:
         return table
 
 
-async def _restart_daemon(client: Client, vms: list[VmHandle]) -> str:
+def _hold(true: bool, otherwise: str) -> None:
+    """What the demo shows must be so."""
+    if not true:
+        raise MicaError(Code.INTERNAL, otherwise)
+
+
+async def _kill_daemon(client: Client, vms: list[VmHandle]) -> str:
     """SIGKILL the daemon, look at the VMs' processes, let the next request start a new daemon."""
     pid = (await client.host()).pid
     processes = [vm.view.process.pid for vm in vms if vm.view.process is not None]
     os.kill(pid, signal.SIGKILL)
     alive = sum(Path(f"/proc/{p}").exists() for p in processes)
+    _hold(alive == len(NAMES), f"only {alive} of {len(NAMES)} VMs survived the daemon")
     return f"daemon {pid} is dead, {alive} of {len(processes)} QEMU processes live on"
 
 
 async def _wait_adopted(client: Client) -> list[VmHandle]:
-    while True:
-        vms = [vm for vm in await client.vms.list() if vm.name in NAMES]
-        if all(vm.state is VmState.RUNNING and vm.view.observed.agent is AgentState.READY for vm in vms):
-            return vms
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(ADOPTION_S):
+        while True:
+            vms = [vm for vm in await client.vms.list() if vm.name in NAMES]
+            if all(vm.state is VmState.RUNNING and vm.view.observed.agent is AgentState.READY for vm in vms):
+                return vms
+            await asyncio.sleep(0.02)
 
 
 async def demo(report: Report) -> None:
@@ -77,8 +88,7 @@ async def demo(report: Report) -> None:
         with report.step("prove the accelerator") as out:
             doctor = await client.doctor()
             found = (await client.host()).accelerator
-            proofs = [f.proof for f in doctor.findings if f.id == "accelerator"]
-            out.append(f"{found}: {proofs[0]}" if proofs else found)
+            out.append(f"{found}: {next(f.proof for f in doctor.findings if f.id == f'accelerator-{found}')}")
         with report.step("image micro (built from Debian's packages the first time)") as out:
             image = await client.images.ensure("micro")
             out.append(f"{image.image.digest[7:19]}, {image.image.size / 2**20:.0f} MiB")
@@ -89,26 +99,28 @@ async def demo(report: Report) -> None:
             answers = await asyncio.gather(*(vm.exec("sh", "-c", "echo $(hostname) runs $(uname -sr)") for vm in vms))
             out.append("; ".join(str(a).strip() for a in answers))
         with report.step("pause and resume one") as out:
-            await vms[0].pause()
-            held = (await vms[0].refresh()).observed.state
-            await vms[0].resume()
-            out.append(f"{held}, then {(await vms[0].refresh()).observed.state}")
-        long_job = await vms[1].exec_start("sh", "-c", "for i in 1 2 3 4 5 6; do echo line $i; sleep 0.5; done")
-        with report.step("kill the daemon with SIGKILL") as out:
-            out.append(await _restart_daemon(client, vms))
-        with report.step("a new daemon adopts them") as out:
-            vms = await _wait_adopted(client)
-            out.append(f"{len(vms)} running, agents ready")
-        with report.step("the command that ran meanwhile ends with its output whole") as out:
-            result = await long_job.wait()
-            lines = str(result).split("\n")
-            out.append(f"{len([li for li in lines if li.startswith('line')])} of 6 lines, status {result.exit_code}")
+            held, free = (await vms[0].pause()).state, (await vms[0].resume()).state
+            _hold((held, free) == (VmState.PAUSED, VmState.RUNNING), f"it was {held}, then {free}")
+            out.append(f"{held}, then {free}")
+        async with vms[1].exec_stream("sh", "-c", LONG_JOB) as job:
+            with report.step("kill the daemon with SIGKILL") as out:
+                out.append(await _kill_daemon(client, vms))
+            with report.step("a new daemon adopts them") as out:
+                vms = await _wait_adopted(client)
+                out.append(f"{len(vms)} running, agents ready")
+            with report.step("the command that ran meanwhile ends with its output whole") as out:
+                said = b"".join([data async for channel, data in job if channel == "stdout"]).splitlines()
+                status = job.result().exit_code
+                _hold(said == [b"line %d" % i for i in range(1, 7)] and status == 0, f"it said {said}, status {status}")
+                out.append(f"{len(said)} of 6 lines, status {status}")
         with report.step("stop them, as their guests are asked to") as out:
             await asyncio.gather(*(vm.stop() for vm in vms))
             out.append("; ".join([f"{vm.name}: {(await vm.refresh()).observed.reason}" for vm in vms]))
         with report.step("delete them without a trace") as out:
             await asyncio.gather(*(vm.delete(purge=True) for vm in vms))
-            out.append(f"{len(await client.vms.list())} VMs left")
+            left = await client.vms.list()
+            _hold(not left, f"left: {', '.join(vm.name for vm in left)}")
+            out.append("0 VMs left")
 
 
 async def main() -> int:
