@@ -100,7 +100,15 @@ class Apt:
 
     async def _configure(self) -> Path:
         home = self._directory
-        for name in ("lists/partial", "archives/partial", "cache", "log", "etc/sources.list.d"):
+        for name in (
+            "lists/partial",
+            "archives/partial",
+            "cache",
+            "log",
+            "etc/sources.list.d",
+            "etc/apt.conf.d",
+            "etc/preferences.d",
+        ):
             (home / name).mkdir(parents=True, exist_ok=True)
         (home / "status").touch()
         (home / "etc/sources.list.d/mica.sources").write_text("\n".join(s.stanza() for s in self.sources))

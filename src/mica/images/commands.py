@@ -95,18 +95,20 @@ class Commands:
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
         accept: Sequence[int] = (0,),
+        stop: signal.Signals = signal.SIGTERM,
     ) -> int:
         """Run a program to its end and return its status.
 
         ``stdout`` and ``stderr`` get the lines without their ends, as they come; a file as ``stdout`` gets the bytes.
-        When the deadline passes or the caller is cancelled, the program gets SIGTERM, ``GRACE_S`` seconds to clean
-        up, then SIGKILL with its process group. Raises :class:`CommandError` for a status not in ``accept``,
-        ``timeout``, ``host-lacks``.
+        When the deadline passes or the caller is cancelled, the program's process group gets ``stop`` and ``GRACE_S``
+        seconds to clean up, then SIGKILL. When our own process dies, the program gets ``stop``.
+
+        Raises :class:`CommandError` for a status not in ``accept``, ``timeout``, ``host-lacks``.
         """
         loop = asyncio.get_running_loop()
         program = self.find(argv[0])
-        # A program whose starter was killed ends too, and cleans up after itself.
-        starter = (self.find("setpriv"), "--pdeathsig", "TERM", "--", program)
+        # A program ends with its starter, however that ends.
+        starter = (self.find("setpriv"), "--pdeathsig", stop.name.removeprefix("SIG"), "--", program)
         transport, output = await loop.subprocess_exec(
             lambda: _Output(stdout if callable(stdout) else None, stderr),
             *starter,
@@ -132,7 +134,7 @@ class Commands:
                 retryable=True,
             ) from error
         finally:
-            await shielded(_end(transport, output))
+            await shielded(_end(transport, output, stop))
         status = transport.get_returncode()
         assert status is not None
         if status not in accept:
@@ -182,12 +184,11 @@ class _Output(asyncio.SubprocessProtocol):
                 see(line)
 
 
-async def _end(transport: asyncio.SubprocessTransport, output: _Output) -> None:
+async def _end(transport: asyncio.SubprocessTransport, output: _Output, stop: signal.Signals) -> None:
     """Make sure that the process and its group are gone, and the pipes closed."""
     try:
         if not output.exited.is_set():
-            with contextlib.suppress(ProcessLookupError):
-                transport.terminate()
+            _signal_group(transport.get_pid(), stop)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GRACE_S):
                     await output.exited.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import tarfile
 import threading
 import uuid
@@ -32,7 +33,8 @@ MAX_SIZE = 16 * 1024 * GIB
 _INSTALL_TIMEOUT_S = 3600
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
-_LOADER = "usr/lib/systemd/boot/efi/systemd-bootx64.efi"
+# Debian 13 has it signed for secure boot, and only so.
+_LOADERS = tuple(f"usr/lib/systemd/boot/efi/systemd-bootx64.efi{suffix}" for suffix in ("", ".signed"))
 _STEPS = (
     ("extracting archives", 0.10),
     ("installing essential packages", 0.15),
@@ -121,7 +123,15 @@ class DebianBuild:
             "--essential-hook=upload initramfs.modules /usr/share/initramfs-tools/modules.d/mica",
         ]
         how = [f"--mode={self._namespace.mode}", "--variant=minbase", "--format=tar", "--architectures=amd64"]
-        argv = ["mmdebstrap", "--verbose", *how, "--skip=update", "--dpkgopt=force-unsafe-io", *hooks]
+        argv = [
+            *self._namespace.builder,
+            "mmdebstrap",
+            "--verbose",
+            *how,
+            "--skip=update",
+            "--dpkgopt=force-unsafe-io",
+            *hooks,
+        ]
         argv += [f"--include={','.join(packages)}", self._recipe.suite, "-", "./mica.sources"]
         with self._archive.open("wb") as file:
             await self._commands.run(
@@ -131,6 +141,8 @@ class DebianBuild:
                 cwd=scratch,
                 environment={"TMPDIR": str(self._namespace.temporary(scratch)), "SOURCE_DATE_EPOCH": str(epoch)},
                 timeout_s=_INSTALL_TIMEOUT_S,
+                # At once, with all its processes: what it leaves lies in our scratch directory.
+                stop=signal.SIGKILL,
             )
 
     async def _unpack(self, identity: Identity, epoch: int) -> None:
@@ -149,6 +161,20 @@ class DebianBuild:
             await self._commands.run([*unpack, *xattrs, *dropped], stdin=file, cwd=self._root, timeout_s=600)
         with overlay.open("rb") as file:
             await self._commands.run([*unpack, "--unlink-first"], stdin=file, cwd=self._root, timeout_s=60)
+        # Our own files changed the directories they lie in; everything is as old as the packages' lists.
+        age = [
+            "find",
+            ".",
+            "-newermt",
+            f"@{epoch}",
+            "-exec",
+            "touch",
+            "--no-dereference",
+            f"--date=@{epoch}",
+            "{}",
+            "+",
+        ]
+        await self._commands.run([*prefix, *age], cwd=self._root, timeout_s=120)
         self._archive.unlink()
 
     async def _make_disk(self, identity: Identity, kernel: str, epoch: int) -> None:
@@ -188,6 +214,7 @@ class _Steps:
     def __init__(self, packages: int, progress: Progress) -> None:
         self._total = max(2 * packages, 1)
         self._done = 0
+        self._fraction = 0.0
         self._progress = progress
 
     def __call__(self, line: str) -> None:
@@ -203,7 +230,8 @@ class _Steps:
             self._tell(0.15 + 0.70 * self._done / self._total, "Making the initial RAM file system")
 
     def _tell(self, fraction: float, text: str) -> None:
-        self._progress(0.1 + 0.6 * fraction, text)
+        self._fraction = max(self._fraction, fraction)
+        self._progress(0.1 + 0.6 * self._fraction, text)
 
 
 def _identity(recipe: DebianRecipe, debs: list[Deb]) -> Identity:
@@ -236,7 +264,7 @@ def _take_kernel(draft: Draft, archive: Path, stop: threading.Event) -> tuple[st
                 raise Stopped
             size += member.size + -member.size % 4096 + 256  # and the inode
             name = member.name.removeprefix("./")
-            if name.startswith(("boot/vmlinuz-", "boot/initrd.img-")) or name == _LOADER:
+            if name.startswith(("boot/vmlinuz-", "boot/initrd.img-")) or name in _LOADERS:
                 wanted[name] = member
         kernels = [name.removeprefix("boot/vmlinuz-") for name in wanted if name.startswith("boot/vmlinuz-")]
         if not kernels:
@@ -245,7 +273,7 @@ def _take_kernel(draft: Draft, archive: Path, stop: threading.Event) -> tuple[st
         for name, target in (
             (f"boot/vmlinuz-{kernel}", draft.file("vmlinuz")),
             (f"boot/initrd.img-{kernel}", draft.file("initrd")),
-            (_LOADER, draft.scratch / "loader.efi"),
+            (next((name for name in _LOADERS if name in wanted), _LOADERS[0]), draft.scratch / "loader.efi"),
         ):
             stream = tar.extractfile(wanted[name]) if name in wanted else None
             if stream is None:

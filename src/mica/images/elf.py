@@ -16,7 +16,7 @@ def needed(data: bytes) -> list[str]:
     """Names of the shared libraries that the file asks for, and first the path of its interpreter if it has one."""
     try:
         return _needed(data)
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, OverflowError, ValueError) as error:
         raise ElfError(str(error)) from error
 
 

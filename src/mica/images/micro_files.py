@@ -6,8 +6,9 @@ needs; everything else starts beside it.
 
 from __future__ import annotations
 
-# Loaded before the agent starts; what they depend on comes with them. Everything else is loaded by need.
-EARLY_MODULES = ("virtio_pci", "virtio_console")
+# Loaded before the agent starts; what they depend on comes with them. Everything else is loaded by need. A disk is
+# there when the agent answers, because what the agent is first asked to do may need it.
+EARLY_MODULES = ("virtio_pci", "virtio_console", "virtio_blk")
 
 # In the image; loaded when a device asks for it (by its alias) or a person does. Those a kernel lacks are left out.
 MODULES = (
@@ -35,8 +36,6 @@ MODULES = (
     "nls_ascii",
     "nls_cp437",
     "nls_utf8",
-    "9p",
-    "9pnet_virtio",
 )
 
 INITTAB = """\
@@ -85,6 +84,8 @@ ip link set lo up
 cat /sys/bus/pci/devices/*/modalias /sys/bus/virtio/devices/*/modalias /sys/bus/acpi/devices/*/modalias 2>/dev/null \\
   | sort -u | xargs modprobe -q -a -b
 cat /sys/bus/virtio/devices/*/modalias 2>/dev/null | sort -u | xargs modprobe -q -a -b
+# What hangs on a SCSI bus announces itself to nobody yet.
+[ -d /sys/module/scsi_mod ] && modprobe -q -a sd_mod sr_mod
 mdev -d
 for path in /sys/class/net/eth*; do
   [ -e "$path" ] && /sbin/nic add "${path##*/}"

@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
+import structlog
 from blake3 import blake3
 
 from mica.images.files import (
@@ -45,6 +46,8 @@ MANIFEST = "manifest.json"
 _WORK = ".work"
 _PREFIX = "blake3:"
 _LOCK_TIMEOUT_S = 60
+
+_log = structlog.get_logger(__name__)
 
 Remover = Callable[[Path], Awaitable[None]]
 
@@ -182,9 +185,14 @@ class ContentStore:
                 for path in sorted(work.iterdir()):
                     lock = try_lock(path / "lock") if path.is_dir() else None
                     if lock is not None:
-                        await self._remove_work(path)
-                        os.close(lock)
-                        removed.append(path)
+                        try:
+                            await self._remove_work(path)
+                            removed.append(path)
+                        except (OSError, MicaError) as error:
+                            # What cannot be removed takes space, no more; the images are as good as before.
+                            _log.warning("leftovers of a build stay", path=str(path), error=str(error))
+                        finally:
+                            os.close(lock)
         return removed
 
     @contextlib.asynccontextmanager

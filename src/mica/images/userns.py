@@ -8,12 +8,13 @@ the ids in the namespace may not pass through a private home directory.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pwd
 import shutil
 from pathlib import Path
 
-from mica.images.commands import CommandError, Commands
+from mica.images.commands import SEARCH_PATH, CommandError, Commands
 from mica.images.files import in_thread, remove_tree
 from mica.model.errors import Code, MicaError
 
@@ -21,6 +22,7 @@ from mica.model.errors import Code, MicaError
 ELSEWHERE = "elsewhere"
 # The directory in a scratch directory that holds files of subordinate ids.
 TREE = "tree"
+_LAST_WAIT_S = 5.0
 
 
 class Namespace:
@@ -39,6 +41,14 @@ class Namespace:
     def prefix(self) -> list[str]:
         """What to put before a program and its arguments."""
         return [] if self._uid == 0 else ["mmdebstrap", "--unshare-helper"]
+
+    @property
+    def builder(self) -> list[str]:
+        """What to put before mmdebstrap: namespaces of its own, so that its mounts and processes end with it.
+
+        Without root it makes such itself.
+        """
+        return ["unshare", "--mount", "--pid", "--mount-proc", "--kill-child", "--"] if self._uid == 0 else []
 
     def check(self) -> None:
         """Raises ``host-lacks`` when this user cannot have such a namespace, with the command that changes it."""
@@ -82,18 +92,24 @@ class Namespace:
         await in_thread(lambda _: remove_tree(home))
 
     async def _empty(self, place: Path) -> None:
-        """Remove from ``place`` what belongs to subordinate ids."""
-        if not place.is_dir():
+        """Remove from ``place`` what belongs to subordinate ids.
+
+        A build whose daemon was killed may still be busy there until its files are gone, and then fails: so try again.
+        """
+        if not place.is_dir() or shutil.which("mmdebstrap", path=SEARCH_PATH) is None:
             return
-        foreign = [path.name for path in place.iterdir() if path.lstat().st_uid != self._uid]
-        if foreign and shutil.which("mmdebstrap"):
-            place.chmod(0o777)  # within a directory that only we may enter, or one that is empty but for our build
+        wait_s = 0.1
+        while foreign := [path.name for path in place.iterdir() if path.lstat().st_uid != self._uid]:
+            place.chmod(0o777)  # within a directory that only we may enter, or one that has nothing but our build
             try:
                 argv = [*self.prefix, "rm", "-rf", "--", *(f"./{name}" for name in foreign)]
                 await self._commands.run(argv, timeout_s=300, cwd=place)
             except CommandError as error:
-                raise MicaError(
-                    Code.COMMAND_FAILED,
-                    f"the leftovers of a build in {place} could not be removed: {error.message}",
-                    hint=f"as root: rm -rf {place}",
-                ) from error
+                if wait_s > _LAST_WAIT_S:
+                    raise MicaError(
+                        Code.COMMAND_FAILED,
+                        f"the leftovers of a build in {place} could not be removed: {error.message}",
+                        hint=f"as root: rm -rf {place}",
+                    ) from error
+                await asyncio.sleep(wait_s)
+                wait_s *= 2
