@@ -46,7 +46,7 @@ class Report:
         yield result
         took = time.monotonic() - began
         self.rows.append((what, took, result[-1] if result else ""))
-        console.print(f" {took:.2f} s  [dim]{result[-1] if result else ''}[/dim]")
+        console.print(f" {took:.2f} s  [dim]{result[-1] if result else ''}[/dim]", soft_wrap=True)
 
     def table(self) -> Table:
         table = Table("what", "seconds", "result", box=None, pad_edge=False)
@@ -147,7 +147,8 @@ async def main() -> int:
         "  .venv/bin/mica vm exec first -- uname -a   a command in it\n"
         "  .venv/bin/mica vm console first            its serial console (Ctrl-] q leaves)\n"
         "  .venv/bin/mica run debian --name deb       a full Debian (its image takes a minute the first time)\n"
-        "  .venv/bin/mica doctor                      what this host can do, proven"
+        "  .venv/bin/mica doctor                      what this host can do, proven",
+        soft_wrap=True,
     )
     return 0
 
