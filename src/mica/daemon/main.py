@@ -32,6 +32,7 @@ from mica.guest.sessions import ExecSessions
 from mica.host import slices
 from mica.model.errors import Code, MicaError
 from mica.qemu.console import Consoles
+from mica.qemu.logs import LogKeeper
 from mica.store.sqlite import SqliteStore
 
 
@@ -81,6 +82,7 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
             doctor=functools.partial(builder.doctor, share),
             started_at=builder.clock.now(),
         )
+        await stack.enter_async_context(LogKeeper(settings.log_dir, hypervisor.let_log_grow).running())
         yield await stack.enter_async_context(_server(settings, service, logger))
 
 

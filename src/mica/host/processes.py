@@ -12,8 +12,10 @@ hit a stranger.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import resource
 import select
 import shutil
 import signal
@@ -41,16 +43,31 @@ class ResourceLimits(msgspec.Struct, frozen=True):
 
     ``file_size`` and ``core`` are bytes. A program that is to get ``EFBIG`` instead of dying at ``file_size`` must
     ignore SIGXFSZ: start it with ``restore_signals=False`` (Python ignores the signal, and an ignored one stays so).
+    ``raisable`` leaves the hard limit of ``file_size`` as it is, so that it can be raised later without privileges.
     """
 
     file_size: int | None = None
     open_files: int | None = None
     core: int | None = 0
+    raisable: bool = False
 
     def options(self) -> list[str]:
         """As options of ``prlimit`` (util-linux)."""
         pairs = (("fsize", self.file_size), ("nofile", self.open_files), ("core", self.core))
-        return [f"--{name}={value}:{value}" for name, value in pairs if value is not None]
+        hard = {"fsize": ""} if self.raisable else {}
+        return [f"--{name}={value}:{hard.get(name, value)}" for name, value in pairs if value is not None]
+
+    def apply(self, pid: int) -> None:
+        """Set them for a process that is already there (prlimit(2))."""
+        pairs = (
+            (resource.RLIMIT_FSIZE, self.file_size),
+            (resource.RLIMIT_NOFILE, self.open_files),
+            (resource.RLIMIT_CORE, self.core),
+        )
+        for kind, value in pairs:
+            if value is not None:
+                keep = self.raisable and kind == resource.RLIMIT_FSIZE
+                resource.prlimit(pid, kind, (value, resource.prlimit(pid, kind)[1] if keep else value))
 
 
 class ExitStatus(msgspec.Struct, frozen=True):
@@ -152,6 +169,17 @@ class LiveProcess:
         except PermissionError as error:
             raise MicaError(Code.FORBIDDEN, f"not allowed to signal process {self.pid}") from error
         return True
+
+    def raise_file_limit(self, size: int) -> None:
+        """Let it write files of up to ``size`` bytes if it may not already: prlimit(2). Raises ``PermissionError``."""
+        if self._poll():
+            return
+        soft, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        if soft == resource.RLIM_INFINITY or soft >= size:
+            return
+        new_hard = hard if hard == resource.RLIM_INFINITY or hard >= size else size
+        with contextlib.suppress(ProcessLookupError):  # it ended just now
+            resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, new_hard))
 
     async def terminate(self, grace_s: float, kill_timeout_s: float = 10.0) -> ExitStatus:
         """SIGTERM, ``grace_s`` seconds to comply, then SIGKILL. Raises ``timeout`` when even that does not end it."""

@@ -4,15 +4,13 @@ QEMU writes all output to a log file whoever looks; that file is the truth. A co
 only while somebody watches: it carries input to the guest, and its output is used as a doorbell, nothing more, since
 QEMU writes the log right after the socket.
 
-The log is bounded by punching a hole into its beginning (fallocate(2)): offsets stay, the disk gets its blocks back,
-and QEMU, which appends, notices nothing.
+The log is kept short by :mod:`mica.qemu.logs`, which leaves a hole where its beginning was; offsets stay as they are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,7 +22,6 @@ from mica.model.errors import Code, MicaError
 
 log = structlog.get_logger()
 
-KEEP = 1024 * 1024
 FIRST_LOOK = 64 * 1024
 CHUNK = 64 * 1024
 WRITE_TIMEOUT_S = 10.0
@@ -32,9 +29,6 @@ WRITE_TIMEOUT_S = 10.0
 LINGER_S = 2.0
 # After the doorbell the log may be a moment behind.
 SETTLE_S = 0.005
-
-_FALLOC_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02  # linux/falloc.h
-_BLOCK = 4096
 
 
 class _Line:
@@ -72,6 +66,7 @@ class Consoles:
             at = self._begin(vm_id, offset)
             while True:
                 rung = line.rung
+                at = self._begin(vm_id, at)  # a slow watcher's place may have been cut away meanwhile
                 data = self._read(vm_id, at)
                 if data:
                     yield at, data
@@ -108,27 +103,6 @@ class Consoles:
         with file.open("rb") as stream:
             stream.seek(begin)
             return stream.read(size)
-
-    def trim(self, vm_id: str) -> None:
-        """Bring the history down to its bound. Cheap when there is nothing to do."""
-        file = self.file(vm_id)
-        try:
-            status = file.stat()
-        except FileNotFoundError:
-            return
-        if status.st_blocks * 512 <= 2 * KEEP:
-            return
-        end = (status.st_size - KEEP) // _BLOCK * _BLOCK
-        descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            _punch_hole(descriptor, end)
-        except OSError as error:
-            log.warning("console history cannot be trimmed", vm=vm_id, error=error.strerror)
-        finally:
-            os.close(descriptor)
-
-    def remove(self, vm_id: str) -> None:
-        self.file(vm_id).unlink(missing_ok=True)
 
     async def close(self) -> None:
         for line in list(self._lines.values()):
@@ -215,12 +189,3 @@ async def _ring(line: _Line) -> None:
     async with line.bell:
         line.rung += 1
         line.bell.notify_all()
-
-
-def _punch_hole(descriptor: int, end: int) -> None:
-    """Give the blocks before ``end`` back to the file system; the size stays (fallocate(2)). Raises ``OSError``."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    if libc.fallocate(descriptor, _FALLOC_KEEP_SIZE_PUNCH_HOLE, 0, end) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

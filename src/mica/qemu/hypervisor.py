@@ -44,7 +44,8 @@ PER_CPU_OVERHEAD = 4 * MIB
 DISPLAY_OVERHEAD = 16 * MIB
 # passt takes 30 MiB of its own, the sieve before an older one 6 (measured).
 NIC_OVERHEAD = 36 * MIB
-# QEMU may write no file beyond its largest disk, or this; so a guest cannot fill the host through the console log.
+# QEMU may write no file beyond its largest disk, or this; so a guest cannot fill the host through the console log while
+# nobody keeps that short (mica.qemu.logs).
 MIN_FILE_LIMIT = Bytes(64 * MIB)
 
 TCG_WARNING = (
@@ -182,13 +183,15 @@ class QemuHypervisor:
         readable += [Path(n.handle["socket"]).parent for n in plan.nics if "socket" in n.handle]
         if vm.spec.firmware is Firmware.UEFI and self._host.firmware_code is not None:
             readable.append(self._host.firmware_code)
-        largest = max([MIN_FILE_LIMIT, *(Bytes(int(v.size * 1.1) + 64 * MIB) for v in plan.volumes)])
+        lengths = [file.stat().st_size + MIN_FILE_LIMIT for file in (console, messages)]
+        largest = max([*lengths, *(Bytes(int(v.size * 1.1) + 64 * MIB) for v in plan.volumes)])
         spec = JailSpec(
             writable=tuple(writable),
             readable=tuple(dict.fromkeys(p for p in readable if not p.is_relative_to("/usr"))),
             devices=(Path("/dev/kvm"),) if self._host.accelerator is Accelerator.KVM else (),
             user=user,
-            limits=ResourceLimits(file_size=largest, core=0),
+            # Root may raise a limit later, another user only below the hard one.
+            limits=ResourceLimits(file_size=largest, core=0, raisable=self._jail.kind is not JailKind.ROOT),
         )
         await self._join_networks(plan)
         started_at = self._clock.now()
@@ -311,6 +314,12 @@ class QemuHypervisor:
             if root.is_dir():
                 found |= {entry.name for entry in root.iterdir()}
         return sorted(found - known)
+
+    def let_log_grow(self, vm_id: str, size: int) -> None:
+        """Let QEMU write its logs beyond ``size``, their length now: their beginnings were given back to the disk."""
+        machine = self._attached.get(vm_id)
+        if machine is not None:
+            machine.raise_file_limit(size + MIN_FILE_LIMIT)
 
     # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import resource
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,7 @@ from typing import IO, Self
 
 import msgspec
 
-from mica.host.processes import ExitStatus, LiveProcess, ResourceLimits, find, reference, spawn
+from mica.host.processes import ExitStatus, LiveProcess, find, reference, spawn
 from mica.model.errors import Code, MicaError
 from mica.model.vm import ProcessRef
 from mica.qemu.jail import Jail, JailFds, JailKind, JailSpec, advice
@@ -276,22 +275,12 @@ async def _hold(
     process: LiveProcess, keeper: LiveProcess, spec: JailSpec, before: Callable[[int], Awaitable[None]] | None
 ) -> None:
     """Set what must hold before the program's first instruction. It is bubblewrap still, waiting to be let go."""
-    for kind, value in _rlimits(spec.limits):
-        resource.prlimit(process.pid, kind, (value, value))
+    spec.limits.apply(process.pid)
     Path(f"/proc/{process.pid}/oom_score_adj").write_text(str(spec.oom_score_adj), encoding="ascii")
     if before is not None:
         # The keeper too: stopping the daemon's own group must not take away who notes the exit status.
         await before(keeper.pid)
         await before(process.pid)
-
-
-def _rlimits(limits: ResourceLimits) -> list[tuple[int, int]]:
-    pairs = (
-        (resource.RLIMIT_FSIZE, limits.file_size),
-        (resource.RLIMIT_NOFILE, limits.open_files),
-        (resource.RLIMIT_CORE, limits.core),
-    )
-    return [(kind, value) for kind, value in pairs if value is not None]
 
 
 async def _abort(keeper: LiveProcess) -> None:

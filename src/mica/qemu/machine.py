@@ -117,6 +117,10 @@ class QemuMachine:
         status = await self._jailed.wait_exit()
         return Exit(clean=status.code == 0, last_words=last_words(self._log_file, self._log_offset))
 
+    def raise_file_limit(self, size: int) -> None:
+        """Let the process write files of up to ``size`` bytes, if it may not already. Raises ``PermissionError``."""
+        self._jailed.process.raise_file_limit(size)
+
     async def close(self) -> None:
         await self.monitor.close()
         self._jailed.close()
