@@ -291,7 +291,8 @@ def command_script(spec: ExecSpec, sequence: int) -> str:
         words = ["env", *(quote(item) for item in strange), *words]
     if prefix:
         lines.append(f"set -- {' '.join(words)}")
-        lines.append('[ "$mica_su" ] && exec su -s /bin/sh "$mica_su" -c \'exec "$0" "$@"\' "$@"')
+        # The command's own options come after "--", or su would take them for its own.
+        lines.append('[ "$mica_su" ] && exec su -s /bin/sh -c \'exec "$0" "$@"\' -- "$mica_su" "$@"')
         lines.append('exec $mica_as "$@"')
     else:
         lines.append("exec " + " ".join(words))
