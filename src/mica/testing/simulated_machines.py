@@ -181,6 +181,7 @@ class SimulatedGuests:
 
     def port_changed(self, vm_id: str, runtime: VmRuntime, *, opened: bool) -> None:
         del runtime
+        self._world.ports_told.append(opened)
         if not opened:
             self._world.connections.discard(vm_id)
 

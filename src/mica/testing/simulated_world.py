@@ -201,6 +201,7 @@ class SimulatedHost:
         self.damaged: set[str] = set()
         self.files: set[Path] = set()
         self.connections: set[str] = set()
+        self.ports_told: list[bool] = []
         self._pids = 1000
         self._tasks: set[asyncio.Task[None]] = set()
 

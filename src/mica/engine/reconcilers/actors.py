@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 
 async def reconcile(engine: Engine) -> str:
-    engine.look_at_all()
+    # In this order: who is about to look is not idle.
     await engine.retire_idle()
+    engine.look_at_all()
     return ""
