@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -174,7 +174,7 @@ class Views:
         row = await self._records.images.need(found.image.digest)
         return self._image_view(row, await self._users())
 
-    async def events(self, since: int | None) -> AsyncIterator[Event]:
+    async def events(self, since: int | None) -> AsyncGenerator[Event, None]:
         """Changes after revision ``since`` (``None``: from now on), for ever. Raises ``gone`` when that is too old.
 
         Several changes of one thing within one wake-up are told once, as it is now: events say what to look at, and
