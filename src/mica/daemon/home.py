@@ -64,15 +64,21 @@ def _make_directories(settings: Settings) -> None:
     for part in (base, runtime):
         if settings.uid == 0:
             part.chmod(0o711)
+    _own_directory(settings.ram_dir, settings.uid, 0o711, hint="remove it, or set ram_dir to a directory of yours")
 
 
-def _own_directory(path: Path, uid: int) -> None:
+def _own_directory(
+    path: Path,
+    uid: int,
+    mode: int = 0o700,
+    hint: str = "remove it, or set XDG_RUNTIME_DIR to a directory of yours",
+) -> None:
     """Make a directory that only we can have made. Raises ``forbidden`` when somebody else was there first."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.mkdir(parents=True, exist_ok=True, mode=mode)
     status = path.lstat()
     if status.st_uid != uid or status.st_mode & 0o022 or path.is_symlink():
         raise MicaError(
             Code.FORBIDDEN,
             f"{path} belongs to somebody else or is open to others",
-            hint="remove it, or set XDG_RUNTIME_DIR to a directory of yours",
+            hint=hint,
         )
