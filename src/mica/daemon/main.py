@@ -155,7 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # VMs' users must be able to pass through directories that say so; each mode is given where something is made.
     os.umask(0o022)
     try:
-        asyncio.run(serve(load(options)))
+        settings = load(options)
+        # A daemon that was started by a command must not hold that command's directory.
+        os.chdir("/")
+        asyncio.run(serve(settings))
     except MicaError as error:
         print(f"mica daemon: {error.message}", file=sys.stderr)
         if error.hint:
