@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -624,3 +625,42 @@ async def test_sweep_ends_what_no_daemon_remembers(world: World) -> None:
     await asyncio.wait_for(resumed.run(), 10)
     assert await read(resumed, Stream.STDOUT) == b"kept\n"
     assert kept.record.id == kept_record.id
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
+@pytest.mark.parametrize("session", [True, False])
+async def test_every_shell_does_the_same(world: World, shell: str, session: bool) -> None:
+    """Called as ``sh``, as guests have them; and in a guest that has no setsid."""
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"{shell} is not installed")
+    (world.tmp / "bin").mkdir()
+    (world.tmp / "bin" / "sh").symlink_to(program)
+    world.server.shell = str(world.tmp / "bin" / "sh")
+    if not session:
+        world.server.hidden = frozenset({"setsid"})
+    world.window = 2
+    executor = world.daemon()
+    for number in range(5):
+        _, out, err = await world.run(executor, *sh(f"printf 'a\\000%s' {number}; echo e >&2"), env={"X.Y": "z"})
+        assert (out, err) == (f"a\0{number}".encode(), b"e\n")
+        await executor.runners.settle()
+    assert len({record.guest_dir for record in world.records}) == 1
+    size = 5 * MIB
+    _, out, _ = await world.run(executor, *sh(f"head -c {size} /dev/urandom | tee {world.tmp}/copy"))
+    assert hash_of(out) == hash_of((world.tmp / "copy").read_bytes())
+    execution = await world.start(executor, "sha256sum", stdin=True)
+    task = asyncio.create_task(execution.run())
+    data = os.urandom(2 * MIB + 1)
+    await execution.write_stdin(data)
+    await execution.close_stdin()
+    assert (await asyncio.wait_for(task, 20)).exit_code == 0
+    assert (await read(execution, Stream.STDOUT)).split()[0].decode() == hashlib.sha256(data).hexdigest()
+    marker = f"7{os.getpid()}.5"
+    record, _, _ = await world.run(executor, *sh(f"sleep {marker} & sleep {marker}"), timeout_s=0.4)
+    assert record.state is ExecState.KILLED
+    assert not processes(marker)
+    record, _, _ = await world.run(executor, "no-such-program")
+    assert record.state is ExecState.FAILED
+    await executor.runners.settle()
+    assert len(list(world.guest.iterdir())) <= 2

@@ -130,7 +130,7 @@ class FakeAgent:
     """Serve as ``async with FakeAgent(path) as agent``; what it started is killed at the end.
 
     ``policy`` names commands that are forbidden. ``calls`` records the commands it was given, in order. ``sh`` false
-    makes every program that is a shell unfindable.
+    makes every program that is a shell unfindable, ``hidden`` names others, ``shell`` stands in for ``/bin/sh``.
     """
 
     def __init__(self, path: Path, *, policy: frozenset[str] = frozenset(), sh: bool = True) -> None:
@@ -142,6 +142,7 @@ class FakeAgent:
         self.policy = policy
         self._sh = sh
         self.hidden: frozenset[str] = frozenset()
+        self.shell = "/bin/sh"
         self._port_open = True
         self._misbehaviour: dict[str, Misbehaviour] = {}
         self._files: dict[int, _File] = {}
@@ -328,6 +329,7 @@ class FakeAgent:
 
     async def _exec(self, arguments: dict[str, Any]) -> dict[str, Any]:
         path, capture = arguments["path"], bool(arguments.get("capture-output"))
+        path, *words = [self.shell if word == "/bin/sh" else word for word in (path, *arguments.get("arg", []))]
         env = dict(item.partition("=")[::2] for item in arguments["env"]) if "env" in arguments else None
         sink = asyncio.subprocess.PIPE if capture else asyncio.subprocess.DEVNULL
         try:
@@ -335,7 +337,7 @@ class FakeAgent:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             process = await asyncio.create_subprocess_exec(
                 path,
-                *arguments.get("arg", []),
+                *words,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
