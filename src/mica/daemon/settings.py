@@ -118,7 +118,9 @@ def load(options: Mapping[str, str], environ: Mapping[str, str] = os.environ, ui
         qemu=values.get("qemu", ""),
         accelerator=values.get("accelerator", ""),
         jail_off=values.get("jail") == "off",
-        ram_dir=Path(values["ram_dir"]) if values.get("ram_dir") else Path("/dev/shm") / f"mica-{runtime.name}",  # noqa: S108
+        ram_dir=Path(values["ram_dir"]).absolute()
+        if values.get("ram_dir")
+        else Path("/dev/shm") / f"mica-{runtime.name}",  # noqa: S108
         reserve=parse_size(values["reserve"]) if values.get("reserve") else None,
         trash_s=parse_duration(values.get("trash", "7d")),
         keep_operations_s=parse_duration(values.get("keep_operations", "30d")),
