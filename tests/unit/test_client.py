@@ -382,3 +382,29 @@ def test_published_ports(text: str, publish: Publish) -> None:
 def test_published_ports_that_make_no_sense(text: str) -> None:
     with pytest.raises(MicaError, match="does not say what to publish"):
         parse_publish(text)
+
+
+async def test_a_daemon_that_dies_takes_every_idle_connection_along(api: Served) -> None:
+    """Each of them fails only when the next request is already on its way."""
+    path = api.socket.with_name("proxy.sock")
+    alive = True
+    cut = 0
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal cut
+        mortal = alive
+        upstream, out = await asyncio.open_unix_connection(str(api.socket))
+        while (request := await reader.read(65536)) and (alive or not mortal):
+            out.write(request)
+            head = await upstream.readuntil(b"\r\n\r\n")
+            size = next(int(h.split(b":")[1]) for h in head.lower().split(b"\r\n") if h.startswith(b"content-length"))
+            writer.write(head + await upstream.readexactly(size))
+        cut += bool(request)
+        out.close()
+        writer.close()
+
+    async with await asyncio.start_unix_server(proxy, str(path)), Client(f"unix://{path}") as client:
+        await asyncio.gather(*(client.events.revision() for _ in range(4)))
+        alive = False
+        assert await client.events.revision() > 0
+    assert cut == 4

@@ -1,7 +1,8 @@
 """HTTP and WebSocket to one daemon: deadlines, problems as :class:`MicaError`, and starting the daemon when absent.
 
 A request that changes something carries an ``Idempotency-Key``, so it is sent again after a lost connection and still
-happens once.
+happens once. A daemon that dies takes all idle connections with it, and each may be noticed only by the next request
+on it: so a request is sent again until it has had a connection of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Params = Mapping[str, str | int | float | bool | Sequence[str] | None]
 
 DEFAULT_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10.0
+_KEEP_ALIVE = 4
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -137,7 +139,7 @@ class Transport:
         transport = httpx.AsyncHTTPTransport(
             verify=ssl.create_default_context() if secure else False,
             uds=endpoint.socket or None,
-            limits=httpx.Limits(max_connections=100, max_keepalive_connections=4, keepalive_expiry=4.0),
+            limits=httpx.Limits(max_connections=100, max_keepalive_connections=_KEEP_ALIVE, keepalive_expiry=4.0),
         )
         self._http = httpx.AsyncClient(
             transport=transport,
@@ -166,7 +168,7 @@ class Transport:
         replay: bool = True,
         timeout_s: float | None = None,
     ) -> T:
-        """Send and decode. ``replay``: send once more after a lost connection (the daemon knows it by its key).
+        """Send and decode. ``replay``: send again after a lost connection (the daemon knows it by its key).
 
         Raises what the daemon says; ``daemon-unreachable``; ``timeout`` after ``timeout_s`` seconds without an answer.
         """
@@ -210,7 +212,7 @@ class Transport:
         timeout_s: float | None,
     ) -> httpx.Response:
         timeout = self._timeout(timeout_s if timeout_s is not None else self.timeout_s)
-        starts, replays = (1 if self._starter else 0), (1 if replay else 0)
+        starts, replays = (1 if self._starter else 0), (_KEEP_ALIVE + 1 if replay else 0)
         while True:
             try:
                 return await self._http.request(
