@@ -134,11 +134,10 @@ async def main() -> int:
         console.print(f"\n[red]{error.message}[/red]\n{error.hint}")
         return error.info.exit_status
     finally:
-        if await daemon.answers(place):
-            async with Client(home=HOME, autostart=False) as client:
-                for vm in await client.vms.list():
-                    await vm.remove()
-            await daemon.stop(place, timeout_s=30)
+        async with Client(home=HOME) as client:  # whatever became of the daemon: one is started that knows what lives
+            for vm in await client.vms.list():
+                await vm.remove()
+        await daemon.stop(place, timeout_s=30)
     console.print()
     console.print(report.table())
     console.print(
