@@ -301,6 +301,67 @@ def test_the_proof_can_fail() -> None:
     assert asyncio.run(hear()) == {"::1", "127.0.0.1"}
 
 
+CONFINED = """#!/bin/sh
+# What AppArmor's profile of passt leaves it: one place, and no file to write to that it also reads.
+before=
+for word; do
+  case "$before" in
+    --socket) case "$word" in {place}/*) ;; *) echo "Failed to bind: Permission denied"; exit 1;; esac;;
+    --log-file) echo "Couldn't open log file: Permission denied"; exit 1;;
+  esac
+  before=$word
+done
+exec {passt} "$@"
+"""
+
+
+@needs_passt
+async def test_a_confined_passt_works_where_it_may(short: Path) -> None:
+    """As on Debian and Ubuntu with AppArmor, where its profile knows /tmp and /home alone."""
+    real = shutil.which("passt")
+    program = short / "passt"
+    program.write_text(CONFINED.format(place=short / "b", passt=real))
+    program.chmod(0o755)
+    places = [short / "a", short / "b"]
+
+    async def find_passt() -> passt.Passt:
+        return await proof.prove_anywhere(await passt.detect(str(program)), places, owner)
+
+    proven = await find_passt()
+    assert (proven.place, proven.log) == (str(short / "b"), False)
+    assert f"cannot work in {short / 'a'}" in proven.proof
+    assert [list(place.iterdir()) for place in places] == [[], []]
+    networks = UserNetworks(places=places, find=find_passt, owner=owner)
+    nic = await networks.attach(vm(NicSpec()), "net0")
+    try:
+        assert Path(nic.handle["socket"]).is_relative_to(short / "b")
+        wire = await Wire.plug(nic.handle["socket"])
+        async with asyncio.timeout(10):
+            await wire.dhcp()
+        await wire.unplug()
+        assert await networks.healthy(nic)
+    finally:
+        await networks.detach(vm().id, nic)
+    assert [list(place.iterdir()) for place in places] == [[], []]
+    with pytest.raises(MicaError, match="Permission denied"):
+        await proof.prove_anywhere(await passt.detect(str(program)), places[:1], owner)
+    places[0].chmod(0o777)
+    with pytest.raises(MicaError, match="somebody else"):
+        await find_passt()
+
+
+def test_a_proof_holds_for_one_way_of_confinement(tmp_path: Path) -> None:
+    assert proof.confinement(tmp_path) == ""
+    for name in ("sys/module/apparmor/parameters", "etc/apparmor.d/abstractions"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "sys/module/apparmor/parameters/enabled").write_text("Y\n")
+    for name in ("usr.bin.passt", "abstractions/passt"):
+        (tmp_path / "etc/apparmor.d" / name).touch()
+    confined = proof.confinement(tmp_path)
+    os.utime(tmp_path / "etc/apparmor.d/usr.bin.passt", (1, 1))
+    assert "" != confined != proof.confinement(tmp_path)
+
+
 async def test_a_missing_or_ancient_passt_is_named(tmp_path: Path) -> None:
     old = tmp_path / "passt"
     old.write_text("#!/bin/sh\necho '  --socket PATH'\n")
@@ -487,9 +548,9 @@ def vm(*nics: NicSpec, slot: int = 7) -> Vm:
 @needs_passt
 async def test_nics_are_attached_watched_and_detached(found: passt.Passt, short: Path) -> None:
     async def find_passt() -> passt.Passt:
-        return found
+        return msgspec.structs.replace(found, place=str(short / "net"))
 
-    networks = UserNetworks(runtime_dir=short, find=find_passt, owner=owner)
+    networks = UserNetworks(places=[short / "net", short / "other"], find=find_passt, owner=owner)
     machine = vm(NicSpec(name="a" * 63, publish=(Publish(guest_port=22),)), NicSpec(name="off", network="none"))
     nics: list[NicRuntime] = []
     try:

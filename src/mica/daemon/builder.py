@@ -16,6 +16,7 @@ from mica.engine.definition import Policy
 from mica.host.doctor import Examination, Probes, examine
 from mica.host.local import LocalHost, SystemClock
 from mica.host.slices import HostSlices
+from mica.host.processes import may_limit_others
 from mica.images.directory import DirectoryImages
 from mica.model.doctor import AcceleratorProof, DoctorReport
 from mica.network import passt, proof
@@ -26,7 +27,7 @@ from mica.qemu.accelerators.prover import Accelerators
 from mica.qemu.command_line import QemuHost
 from mica.qemu.discover import BINARY, Qemu, write_atomically
 from mica.qemu.discover_firmware import best_uefi
-from mica.qemu.hypervisor import QemuHypervisor, can_direct_io
+from mica.qemu.hypervisor import FIXED_FILE_LIMIT, MIN_FILE_LIMIT, QemuHypervisor, can_direct_io
 from mica.qemu.jail import Jail, JailUsers, detect
 from mica.storage.directory import DirectoryVolumes
 
@@ -76,16 +77,22 @@ class Builder:
         """passt, with the proof that a guest cannot reach the host's loopback through it; kept for its binary."""
         found = await passt.detect()
         status = os.stat(found.path)
-        key = f"{found.path}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+        key = f"{found.path}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{proof.confinement()}"
         file = self.cache / "passt.json"
         try:
             known = msgspec.json.decode(file.read_bytes(), type=dict[str, passt.Passt])
         except (OSError, msgspec.MsgspecError):
             known = {}
         if key not in known:
-            known = {key: await proof.prove(found, self.settings.runtime_dir, lambda: self.passt_owner(0))}
+            known = {key: await proof.prove_anywhere(found, self._network_places, lambda: self.passt_owner(0))}
             write_atomically(file, msgspec.json.encode(known))
         return known[key]
+
+    @property
+    def _network_places(self) -> tuple[Path, ...]:
+        """Where NICs may have their sockets: where all others are, or where AppArmor lets passt have some."""
+        runtime = self.settings.runtime_dir
+        return runtime / "net", Path("/tmp") / f"mica-net-{runtime.name}"  # noqa: S108 - see proof.own_place
 
     def passt_owner(self, slot: int) -> passt.Owner | None:
         if not self.root:
@@ -146,10 +153,12 @@ class Builder:
             join_slice=share.join,
             clock=self.clock,
             also_reduced=share.reduced,
+            # A VM's process has a user id of its own when we are root, and else ours.
+            file_limit=MIN_FILE_LIMIT if not self.root or may_limit_others() else FIXED_FILE_LIMIT,
         )
 
     def networks(self) -> UserNetworks:
-        return UserNetworks(runtime_dir=self.settings.runtime_dir, find=self.find_passt, owner=self.passt_owner)
+        return UserNetworks(places=self._network_places, find=self.find_passt, owner=self.passt_owner)
 
     def images(self) -> DirectoryImages:
         return DirectoryImages(self.settings.home / "images")

@@ -4,8 +4,9 @@ It stands beside QEMU, not in it, so it outlives a QEMU that is swapped; QEMU re
 empty network namespace (``-netdev stream,addr.type=unix,addr.path=…``). It runs in the host's network namespace as a
 user of its own, and gives itself an empty file system and a seccomp filter (passt(1)).
 
-Layout of a NIC's directory: ``log`` (passt's, at most 1 MiB), ``output`` (what it says while starting), and ``link/``
-with the socket, which QEMU's user may enter. Behind a sieve passt's own socket is in ``inner/``.
+Layout of a NIC's directory: ``log`` (passt's, at most 1 MiB), ``output`` (what it says while starting; all that it says
+where it may have no log, at most 4 MiB), and ``link/`` with the socket, which QEMU's user may enter. Behind a sieve
+passt's own socket is in ``inner/``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import msgspec
 
 from mica.host.processes import CLEAN_ENVIRONMENT, LiveProcess, ResourceLimits, find, reference, spawn
 from mica.model.errors import Code, MicaError, invalid
+from mica.model.units import MIB
 from mica.model.vm import ProcessRef, Publish
 from mica.network import addresses, ports
 
@@ -41,6 +43,7 @@ _SOCKET_MAX = 107  # unix(7): sun_path is 108 bytes with the final zero
 _START_TIMEOUT_S = 10.0
 _STOP_GRACE_S = 2.0
 _LAST_WORDS = 2000
+_OUTPUT_MAX = 4 * MIB  # above the 1 MiB at which passt cuts its own log
 _SIEVE = Path(__file__).with_name("sieve.py")
 
 
@@ -53,12 +56,18 @@ class Owner(msgspec.Struct, frozen=True):
 
 
 class Passt(msgspec.Struct, frozen=True):
-    """The passt of this host: where it is, which options it knows, whether it needs a sieve, and how that is known."""
+    """The passt of this host: where it is, which options it knows, whether it needs a sieve, and how that is known.
+
+    ``place`` is where it may work, and ``log`` whether it may write a log there: the AppArmor profile that Debian and
+    Ubuntu ship confines it to ``/tmp`` and ``/home``, for writing only, while a log is opened for reading too.
+    """
 
     path: str
     options: frozenset[str]
     sieve: bool = False
     proof: str = ""
+    place: str = ""
+    log: bool = True
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +85,10 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def log(self) -> Path:
         return self.directory / "log"
+
+    @property
+    def output(self) -> Path:
+        return self.directory / "output"
 
     @property
     def inner_socket(self) -> Path:
@@ -135,7 +148,9 @@ def arguments(passt: Passt, link: Link, network: HostNetwork) -> list[str]:
     """passt's argument vector for one NIC."""
     given = link.addresses
     interface = IPv4Interface(given.address)
-    out = [*_become(link.owner), passt.path, "--foreground", "--quiet", "--no-map-gw", "--log-file", str(link.log)]
+    out = [*_become(link.owner), passt.path, "--foreground", "--quiet", "--no-map-gw"]
+    if passt.log:
+        out += ["--log-file", str(link.log)]
     out += ["--socket", str(link.inner_socket if passt.sieve else link.socket)]
     out += ["--address", str(interface.ip), "--netmask", str(interface.network.prefixlen)]
     out += ["--gateway", given.gateway, "--mac-addr", given.gateway_mac]
@@ -245,7 +260,7 @@ async def start(passt: Passt, link: Link, *, network: HostNetwork | None = None)
     publish = tuple(ports.reserve(link.publish))
     link = msgspec.structs.replace(link, publish=publish)
     _prepare(passt, link)
-    output = link.directory / "output"
+    output = link.output
     running: list[LiveProcess] = []
     try:
         running.append(_spawn(arguments(passt, link, network), output))
@@ -282,8 +297,9 @@ def _prepare(passt: Passt, link: Link) -> None:
             os.chown(directory, link.owner.uid, peer)
             directory.chmod(0o710)
     if link.owner is not None:
-        link.log.touch(mode=0o600)
-        os.chown(link.log, link.owner.uid, link.owner.gid)
+        for file in (link.log, link.output):  # under AppArmor even an open file that is another user's is taken away
+            file.touch(mode=0o600)
+            os.chown(file, link.owner.uid, link.owner.gid)
 
 
 def _sieve(link: Link) -> list[str]:
@@ -296,8 +312,10 @@ def _sieve(link: Link) -> list[str]:
 
 
 def _spawn(argv: Sequence[str], output: Path) -> LiveProcess:
-    # The socket's directory decides who may connect, so the socket itself is open to all.
-    return spawn(argv, stdout=output, stderr=output, umask=0, limits=ResourceLimits(core=0))
+    # The socket's directory decides who may connect, so the socket itself is open to all. What is said after the limit
+    # is reached is lost, and nobody dies of it.
+    limits = ResourceLimits(core=0, file_size=_OUTPUT_MAX)
+    return spawn(argv, stdout=output, stderr=output, umask=0, limits=limits, restore_signals=False)
 
 
 def listens(path: Path, proc: Path = Path("/proc")) -> bool:

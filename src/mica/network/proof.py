@@ -9,9 +9,11 @@ reach show that the frames themselves are good.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address
 from pathlib import Path
@@ -28,6 +30,53 @@ _TARGETS: tuple[Address, ...] = tuple(
 _CONTROL_TIMEOUT_S = 2.0
 _QUIET_S = 0.1
 _POOL = addresses.choose_pool([])
+
+
+async def prove_anywhere(
+    found: passt.Passt, places: Sequence[Path], owner: Callable[[], passt.Owner | None]
+) -> passt.Passt:
+    """:func:`prove` it in the first of ``places`` where it may work. Places are made; later ones go without a log.
+
+    Raises as :func:`prove` does, for the first place; ``forbidden`` when a place is somebody else's.
+    """
+    failures: list[MicaError] = []
+    for place in places:
+        own_place(place)
+        candidate = msgspec.structs.replace(found, place=str(place), log=not failures)
+        try:
+            proven = await prove(candidate, place, owner)
+        except MicaError as error:
+            if error.code is not Code.COMMAND_FAILED:
+                raise
+            failures.append(error)
+            continue
+        why = "".join(
+            f"; it cannot work in {places[0]} ({failure.message}), so it does in {place}" for failure in failures
+        )
+        return msgspec.structs.replace(proven, proof=proven.proof + why)
+    raise failures[0]
+
+
+def confinement(root: Path = Path("/")) -> str:
+    """How AppArmor confines passt, as a word: a proof holds for one way alone."""
+    try:
+        enabled = (root / "sys/module/apparmor/parameters/enabled").read_text(encoding="ascii").strip()
+        profile = (root / "etc/apparmor.d/usr.bin.passt").stat().st_mtime_ns
+        local = (root / "etc/apparmor.d/abstractions/passt").stat().st_mtime_ns
+    except OSError:
+        return ""
+    return f"{enabled}{profile}{local}"
+
+
+def own_place(place: Path) -> None:
+    """Make a directory for NICs, open for passing. Raises ``forbidden`` when somebody else may change what is in it."""
+    place.mkdir(mode=0o711, parents=True, exist_ok=True)
+    status = place.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise MicaError(
+            Code.FORBIDDEN, f"{place} belongs to somebody else or is open to others", hint=f"remove it: rm -r {place}"
+        )
+    place.chmod(0o711)  # whatever the umask: passt's own user has to pass
 
 
 async def prove(found: passt.Passt, directory: Path, owner: Callable[[], passt.Owner | None]) -> passt.Passt:

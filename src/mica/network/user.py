@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,8 +14,9 @@ from mica.model.vm import NetworkKind, NicRuntime, Vm
 from mica.network import addresses, passt
 from mica.network.passt import Link, Owner, Passt, PasstHandle
 from mica.network.ports import reserve
+from mica.network.proof import own_place
 
-# What is left of 107 bytes below the longest runtime directory (mica.model.paths).
+# What is left of 107 bytes below the longest place (mica.model.paths).
 _NAME_MAX = 7
 
 
@@ -23,26 +24,27 @@ class UserNetworks:
     """Implements :class:`mica.ports.networks.Networks`.
 
     ``find`` finds and proves passt when a NIC first needs it, and again until there is one; it raises ``host-lacks``.
-    ``owner`` gives the users of a VM's network process by its slot, ``None`` without privileges.
+    ``places`` are where that passt may be found to work. ``owner`` gives the users of a VM's network process by its
+    slot, ``None`` without privileges.
     """
 
     def __init__(
         self,
         *,
-        runtime_dir: Path,
+        places: Sequence[Path],
         find: Callable[[], Awaitable[Passt]],
         owner: Callable[[int], Owner | None],
     ) -> None:
-        self._root = runtime_dir / "net"
+        self._places = tuple(places)
         self._find = find
         self._tool: Passt | None = None
         self._finding = asyncio.Lock()
         self._owner = owner
 
-    def _directory(self, vm_id: str, nic: str) -> Path:
+    def _directories(self, vm_id: str, nic: str) -> list[Path]:
         # Sockets are made below it, and a UNIX socket's path is short (unix(7)): a long name becomes a digest.
         short = nic if len(nic) <= _NAME_MAX else hashlib.sha256(nic.encode()).hexdigest()[:_NAME_MAX]
-        return self._root / vm_id / short
+        return [place / vm_id / short for place in self._places]
 
     async def attach(self, vm: Vm, nic: str) -> NicRuntime:
         index, spec = next((i, n) for i, n in enumerate(vm.spec.nics) if n.name == nic)
@@ -54,13 +56,13 @@ class UserNetworks:
             tool = self._tool = self._tool or await self._find()
         pool = addresses.choose_pool([network for _, network in addresses.read_routes()])
         given = addresses.nic_addresses(pool, vm.slot, index)
-        directory = self._directory(vm.id, nic)
         # A restart within moments finds its own old ports taken by the passt that is about to be replaced.
-        await passt.stop_left(directory)
+        for directory in self._directories(vm.id, nic):
+            await passt.stop_left(directory)
         publish = tuple(reserve(spec.publish))
-        for parent in (self._root, directory.parent):
-            parent.mkdir(parents=True, exist_ok=True)
-            parent.chmod(0o711)  # whatever the umask: passt's own user has to pass
+        directory = next(path for path in self._directories(vm.id, nic) if path.is_relative_to(tool.place))
+        for parent in (Path(tool.place), directory.parent):
+            own_place(parent)
         link = Link(directory=directory, addresses=given, publish=publish, owner=self._owner(vm.slot))
         handle = await passt.start(tool, link)
         return NicRuntime(
@@ -74,12 +76,12 @@ class UserNetworks:
 
     async def detach(self, vm_id: str, nic: NicRuntime) -> None:
         known = nic.handle.get("passt")
-        directory = self._directory(vm_id, nic.name)
         if known is not None:
             await passt.stop(msgspec.convert(known, PasstHandle))
-        await passt.stop_left(directory)
-        if directory.parent.is_dir() and not any(directory.parent.iterdir()):
-            directory.parent.rmdir()
+        for directory in self._directories(vm_id, nic.name):
+            await passt.stop_left(directory)
+            if directory.parent.is_dir() and not any(directory.parent.iterdir()):
+                directory.parent.rmdir()
 
     async def healthy(self, nic: NicRuntime) -> bool:
         known = nic.handle.get("passt")
