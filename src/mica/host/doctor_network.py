@@ -31,8 +31,7 @@ async def user_mode(patient: Patient) -> Sequence[Finding]:
                 title=title,
                 status=Status.DEGRADED,
                 proof=error.message,
-                costs="a VM with a NIC is started only where somebody insists on QEMU's own user mode, which reaches "
-                "this host's loopback and ends its connections when a VM is forked",
+                costs="a VM with a NIC is refused; one without (--network none) runs",
                 fix=patient.fixes.install(["passt"]) if missing else (),
                 fix_note="" if missing else error.hint,
             )
