@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mica.guest.agent import GuestAgent
-from mica.guest.exec import GuestExec
+from mica.guest.exec import GuestExec, Patience
 from mica.guest.executor import GuestExecutor
 from mica.guest.plain import PlainExec
 from mica.guest.spool import Stream
@@ -36,12 +36,15 @@ class World:
         self.daemons: list[tuple[GuestAgent, GuestExecutor]] = []
         self.window = 8
         self.max_output = Bytes(64 * MIB)
+        self.patience = Patience()
         self.number = 0
 
     def daemon(self) -> GuestExecutor:
         agent = GuestAgent(self.server.path, guest="vm 'a'", timeout_s=5.0)
         directories = (str(self.guest / "absent"), str(self.guest))
-        executor = GuestExecutor(agent, directories=directories, window=self.window, max_output=self.max_output)
+        executor = GuestExecutor(
+            agent, directories=directories, window=self.window, max_output=self.max_output, patience=self.patience
+        )
         self.daemons.append((agent, executor))
         return executor
 
@@ -338,8 +341,8 @@ async def test_time_out_ends_the_command_and_its_children(world: World) -> None:
     assert not processes(marker)
 
 
-async def test_what_ignores_sigterm_gets_sigkill(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mica.guest.exec.KILL_GRACE_S", 0.3)
+async def test_what_ignores_sigterm_gets_sigkill(world: World) -> None:
+    world.patience = Patience(grace_s=0.3)
     executor = world.daemon()
     marker = f"4{os.getpid()}.5"
     command = f"trap '' TERM; (setsid sh -c 'trap \"\" TERM; sleep {marker}' &) ; while :; do sleep {marker}; done"
@@ -468,8 +471,8 @@ async def test_a_restarted_guest_is_told_from_a_silent_one(world: World) -> None
     assert await read(execution, Stream.STDOUT) == b"kept\n"
 
 
-async def test_a_killed_runner_means_lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mica.guest.exec.ALIVE_CHECK_S", 0.3)
+async def test_a_killed_runner_means_lost(world: World) -> None:
+    world.patience = Patience(alive_s=0.3)
     execution = await world.start(world.daemon(), *sh("sleep 60"))
     task = asyncio.create_task(execution.run())
     await asyncio.sleep(0.3)
@@ -625,6 +628,40 @@ async def test_sweep_ends_what_no_daemon_remembers(world: World) -> None:
     await asyncio.wait_for(resumed.run(), 10)
     assert await read(resumed, Stream.STDOUT) == b"kept\n"
     assert kept.record.id == kept_record.id
+
+
+async def test_what_is_to_stop_while_the_agent_is_gone_for_good_is_lost(world: World) -> None:
+    world.patience = Patience(give_up_s=0.3)
+    executor = world.daemon()
+    execution = await world.start(executor, "sleep", "60")
+    task = asyncio.create_task(execution.run())
+    await asyncio.sleep(0.2)
+    world.daemons[-1][0].port_closed()
+    await execution.stop()
+    record = await asyncio.wait_for(task, 10)
+    assert record.state is ExecState.LOST
+    assert record.error is not None
+    assert "does not answer" in record.error.message
+
+
+async def test_a_start_that_fails_or_is_cancelled_leaves_nothing_in_the_guest(world: World) -> None:
+    executor = world.daemon()
+
+    async def broken(record: ExecRecord) -> None:
+        raise MicaError(Code.INTERNAL, "the store is gone")
+
+    with pytest.raises(MicaError, match="the store is gone"):
+        await executor.start(
+            ExecSpec(argv=("true",)), exec_id="b", vm_id="v", spool_dir=world.tmp / "b", on_change=broken
+        )
+    for moment in (0.0, 0.01, 0.03):
+        task = asyncio.create_task(world.start(executor, "true"))
+        await asyncio.sleep(moment)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await executor.runners.settle()
+    assert len(list(world.guest.iterdir())) <= 1
+    assert (await world.run(executor, "echo", "x"))[1] == b"x\n"
 
 
 @pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])

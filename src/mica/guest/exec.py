@@ -37,11 +37,24 @@ MIN_PAUSE_S = 0.001
 MAX_PAUSE_S = 0.1
 QUICK_S = 0.05
 """So long we look every few milliseconds: most commands have ended by then."""
-LINGER_S = 2.0
-KILL_GRACE_S = 5.0
 MAX_KILLS = 5
-ALIVE_CHECK_S = 5.0
-STARTING_GRACE_S = 10.0
+
+
+class Patience(msgspec.Struct, frozen=True):
+    """How long an exec waits for what, in seconds.
+
+    ``linger_s``: for output that something in the background holds open after the command has ended. ``grace_s``:
+    between SIGTERM and SIGKILL. ``alive_s``: of silence before we look whether the runner still exists. ``start_s``:
+    for a command to begin. ``give_up_s``: for an agent that does not answer, once the command is to be stopped.
+    """
+
+    linger_s: float = 2.0
+    grace_s: float = 5.0
+    alive_s: float = 5.0
+    start_s: float = 10.0
+    give_up_s: float = 30.0
+
+
 _TRANSIENT = frozenset({Code.AGENT_UNAVAILABLE, Code.TIMEOUT, Code.BUSY, Code.INSUFFICIENT_DISK})
 
 
@@ -72,7 +85,15 @@ class GuestExec:
     """
 
     def __init__(
-        self, runners: Runners, runner: Runner, record: ExecRecord, spool: Spool, on_change: OnChange, *, resumed: bool
+        self,
+        runners: Runners,
+        runner: Runner,
+        record: ExecRecord,
+        spool: Spool,
+        on_change: OnChange,
+        *,
+        patience: Patience,
+        resumed: bool,
     ) -> None:
         self.record = record
         self.spool = spool
@@ -80,6 +101,7 @@ class GuestExec:
         self._runner = runner
         self._on_change = on_change
         self._resumed = resumed
+        self._patience = patience
         self._readers = {
             Stream.STDOUT: self._reader(runner.out, record.out_start, "ao", Stream.STDOUT),
             Stream.STDERR: self._reader(runner.err, record.err_start, "ae", Stream.STDERR),
@@ -93,6 +115,7 @@ class GuestExec:
         self._sent: list[int] = []
         self._kills: list[float] = []
         self._stopping: MicaError | None = None
+        self._stop_asked: float | None = None
         self._start_ticks = ""
         self._lost = ""
 
@@ -146,6 +169,7 @@ class GuestExec:
     async def stop(self) -> None:
         """End it: SIGTERM, and SIGKILL after a grace of 5 s for whatever is left of it."""
         self._stopping = self._stopping or MicaError(Code.CANCELLED, "the command was stopped")
+        self._stop_asked = self._stop_asked or time.monotonic()
         self._wake.set()
 
     def lose(self, reason: str) -> None:
@@ -262,7 +286,17 @@ class GuestExec:
         if error.code not in _TRANSIENT and not error.details.get("frozen"):
             await self._end(outcome.failed(self.record, error))
             return 0.0
+        if self._overdue():
+            await self._end(outcome.lost(self.record, "it was to be stopped, and the guest's agent does not answer"))
+            return 0.0
         return min(max(pause, MAX_PAUSE_S) * 2, 1.0)
+
+    def _overdue(self) -> bool:
+        """It should have been stopped long ago."""
+        timeout_s = self.record.spec.timeout_s
+        if timeout_s is not None and self._age() > timeout_s + self._patience.give_up_s:
+            return True
+        return self._stop_asked is not None and time.monotonic() - self._stop_asked > self._patience.give_up_s
 
     async def _give_up(self, error: MicaError) -> None:
         """End the command because Mica cannot keep what it writes."""
@@ -286,10 +320,10 @@ class GuestExec:
                 await self._signal(self._signals.pop(0))
         if self._stopping is not None:
             await self._escalate(now)
-        if events.exit_code is not None and now - self._moved > LINGER_S and not self._kills:
+        if events.exit_code is not None and now - self._moved > self._patience.linger_s and not self._kills:
             # Something in the background holds the command's output open. It keeps running; we stop listening.
             await self._end(outcome.ended(self.record, events, self._sent, None, self._guest))
-        if now - max(self._moved, self._checked) > ALIVE_CHECK_S:
+        if now - max(self._moved, self._checked) > self._patience.alive_s:
             self._checked = now
             await self._check_alive(now)
 
@@ -305,7 +339,7 @@ class GuestExec:
         if not self._kills:
             self._kills.append(now)
             await self._signal(signals.SIGTERM)
-        elif now - self._kills[-1] >= (KILL_GRACE_S if len(self._kills) == 1 else LINGER_S):
+        elif now - self._kills[-1] >= (self._patience.grace_s if len(self._kills) == 1 else self._patience.linger_s):
             self._kills.append(now)
             left = await self._signal(signals.SIGKILL)
             if self._events.exit_code is not None and not left:
@@ -321,7 +355,7 @@ class GuestExec:
 
     async def _check_alive(self, now: float) -> None:
         """Silence is normal; a runner that is gone is not."""
-        if not self._events.started and now - self._begun > STARTING_GRACE_S:
+        if not self._events.started and now - self._begun > self._patience.start_s:
             await self._end(outcome.lost(self.record, "it was never started"))
             return
         if await self._runner.alive():

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from mica.guest import outcome
 from mica.guest.agent import AgentRefusedError, GuestAgent
-from mica.guest.exec import GuestExec, OnChange
+from mica.guest.exec import GuestExec, OnChange, Patience
 from mica.guest.plain import PlainExec
 from mica.guest.runner import DIRECTORIES, WINDOW, Runner, Runners
 from mica.guest.spool import DEFAULT_LIMIT, Spool
@@ -35,10 +35,12 @@ class GuestExecutor:
         directories: Sequence[str] = DIRECTORIES,
         window: int = WINDOW,
         max_output: Bytes = DEFAULT_LIMIT,
+        patience: Patience | None = None,
     ) -> None:
         self.agent = agent
         self.runners = Runners(agent, directories=directories, window=window)
         self._max_output = max_output
+        self._patience = patience or Patience()
 
     async def prepare(self) -> None:
         """Make the first command as quick as the others; worth doing when the agent has become ready."""
@@ -61,28 +63,37 @@ class GuestExecutor:
                 raise
             return await self._plain(record, spool_dir, on_change, refusal)
         while True:
-            record = replace(
-                record,
-                guest_dir=runner.directory,
-                guest_pid=runner.pid,
-                sequence=runner.sequence + 1,
-                out_start=runner.out.offset,
-                err_start=runner.err.offset,
-            )
-            await on_change(record)
-            spool = Spool(spool_dir, limit=self._max_output)
-            execution = GuestExec(self.runners, runner, record, spool, on_change, resumed=False)
             try:
-                await execution.submit()
+                return await self._begin(runner, record, spool_dir, on_change)
             except AgentRefusedError as refusal:
-                spool.close()
                 if not (refusal.absent_file or refusal.lost_handle):
                     raise await self.agent.explain(refusal) from refusal
-                # The agent or the guest was restarted: whatever waited there is gone or cannot be told from it.
-                self.runners.forget()
-                runner = await self.runners.acquire()
-            else:
-                return execution
+            # The agent or the guest was restarted: whatever waited there is gone or cannot be told from it.
+            self.runners.forget()
+            runner = await self.runners.acquire()
+
+    async def _begin(self, runner: Runner, record: ExecRecord, spool_dir: Path, on_change: OnChange) -> GuestExec:
+        record = replace(
+            record,
+            guest_dir=runner.directory,
+            guest_pid=runner.pid,
+            sequence=runner.sequence + 1,
+            out_start=runner.out.offset,
+            err_start=runner.err.offset,
+        )
+        spool = Spool(spool_dir, limit=self._max_output)
+        try:
+            await on_change(record)
+            execution = GuestExec(
+                self.runners, runner, record, spool, on_change, patience=self._patience, resumed=False
+            )
+            await execution.submit()
+        except BaseException:
+            # Whether the guest has got the command is not known, so the runner cannot be given another one.
+            spool.close()
+            self.runners.release(runner, reusable=False, closing=())
+            raise
+        return execution
 
     def resume(self, record: ExecRecord, spool_dir: Path, on_change: OnChange) -> GuestExec | PlainExec:
         """Take over a command that a former daemon had started; ``run`` what is returned."""
@@ -90,7 +101,7 @@ class GuestExecutor:
         if record.reduced:
             return PlainExec(self.agent, record, spool, on_change)
         runner = Runner(self.agent, record.guest_dir, record.guest_pid, record.sequence)
-        return GuestExec(self.runners, runner, record, spool, on_change, resumed=True)
+        return GuestExec(self.runners, runner, record, spool, on_change, patience=self._patience, resumed=True)
 
     async def sweep(self, keep: Sequence[ExecRecord]) -> int:
         """End what former daemons left in the guest, except the execs in ``keep``; returns how many runners."""

@@ -294,19 +294,37 @@ class Runners:
             if "Failed to execute" not in refusal.desc and "No such file" not in refusal.desc:
                 raise
             pid = await agent.exec_raw("/bin/sh", arguments, env=environment, capture=False)
-        async with asyncio.timeout(START_TIMEOUT_S):
-            directory = await self._find(pid, token)
-            runner = Runner(agent, directory, pid)
-            pause = 0.001
-            if not await open_tails(agent, [runner.events_tail]):
-                raise self._no_directory()
-            while runner.log.runner_pid is None:
-                runner.take_log(await agent.call(runner.events_tail.request()))
-                await asyncio.sleep(pause)
-                pause = min(pause * 1.5, 0.02)
-        if runner.log.runner_pid != pid:
-            runner.pid = runner.log.runner_pid
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                runner = Runner(agent, await self._find(pid, token), pid)
+                await self._wait_ready(runner)
+        except TimeoutError:
+            self._abandon(pid, token)
+            raise MicaError(
+                Code.TIMEOUT,
+                f"the shell that runs commands in {agent.guest} did not start within {START_TIMEOUT_S:g} s",
+                hint="the guest is overloaded: try again",
+                retryable=True,
+            ) from None
+        except BaseException:
+            self._abandon(pid, token)
+            raise
         return runner
+
+    async def _wait_ready(self, runner: Runner) -> None:
+        if not await open_tails(self.agent, [runner.events_tail]):
+            raise self._no_directory()
+        pause = 0.001
+        while runner.log.runner_pid is None:
+            runner.take_log(await self.agent.call(runner.events_tail.request()))
+            await asyncio.sleep(pause)  # the agent has no way to tell
+            pause = min(pause * 1.5, 0.02)
+        runner.pid = runner.log.runner_pid
+
+    def _abandon(self, pid: int, token: str) -> None:
+        """It may come up yet, and nobody waits for it any more."""
+        for directory in self._directories:
+            self.background(self._retire(Runner(self.agent, f"{directory}/mica-{token}", pid)))
 
     async def _find(self, pid: int, token: str) -> str:
         """Ask until the log is there: the agent has no way to tell."""
