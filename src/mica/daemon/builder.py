@@ -15,8 +15,8 @@ from mica.daemon.settings import Settings, default_reserve
 from mica.engine.definition import Policy
 from mica.host.doctor import Examination, Probes, examine
 from mica.host.local import LocalHost, SystemClock
-from mica.host.slices import HostSlices
 from mica.host.processes import may_limit_others
+from mica.host.slices import HostSlices
 from mica.images.directory import DirectoryImages
 from mica.model.doctor import AcceleratorProof, DoctorReport
 from mica.network import passt, proof

@@ -36,6 +36,7 @@ CLEAN_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 """What a started program sees unless told otherwise: nothing of the daemon's own environment."""
 
 _LOG_MODE = 0o600
+_CAP_SYS_RESOURCE = 24  # linux/capability.h
 
 
 class ResourceLimits(msgspec.Struct, frozen=True):
@@ -305,6 +306,14 @@ def usage(ref: ProcessRef, *, pss: bool = False) -> Usage | None:
         rss=int(stat[21]) * os.sysconf("SC_PAGE_SIZE"),
         pss=_pss(ref.pid) if pss else None,
     )
+
+
+def may_limit_others() -> bool:
+    """Whether this process may change the limits of processes of other users (capabilities(7), CAP_SYS_RESOURCE)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) & 1 << _CAP_SYS_RESOURCE)
+    return False
 
 
 def boot_id() -> str:

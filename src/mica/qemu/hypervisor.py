@@ -45,8 +45,9 @@ DISPLAY_OVERHEAD = 16 * MIB
 # passt takes 30 MiB of its own, the sieve before an older one 6 (measured).
 NIC_OVERHEAD = 36 * MIB
 # QEMU may write no file beyond its largest disk, or this; so a guest cannot fill the host through the console log while
-# nobody keeps that short (mica.qemu.logs).
+# nobody keeps that short (mica.qemu.logs). Where the limit cannot be moved along, a log ends at the larger one.
 MIN_FILE_LIMIT = Bytes(64 * MIB)
+FIXED_FILE_LIMIT = Bytes(1024 * MIB)
 
 TCG_WARNING = (
     "runs under software emulation (TCG): QEMU promises no isolation there, the jail around it is the only boundary"
@@ -75,6 +76,7 @@ class QemuHypervisor:
         join_slice: Callable[[dict[str, Any], int], Awaitable[None]],
         clock: Clock,
         also_reduced: tuple[str, ...] = (),
+        file_limit: Bytes = MIN_FILE_LIMIT,
     ) -> None:
         self._probe = probe
         self._found: tuple[QemuHost, Jail] | None = None
@@ -85,6 +87,7 @@ class QemuHypervisor:
         self._log_dir = log_dir
         self._join_slice = join_slice
         self._clock = clock
+        self._file_limit = file_limit
         self._also_reduced = also_reduced
         self._attached: dict[str, QemuMachine] = {}
 
@@ -183,7 +186,7 @@ class QemuHypervisor:
         readable += [Path(n.handle["socket"]).parent for n in plan.nics if "socket" in n.handle]
         if vm.spec.firmware is Firmware.UEFI and self._host.firmware_code is not None:
             readable.append(self._host.firmware_code)
-        lengths = [file.stat().st_size + MIN_FILE_LIMIT for file in (console, messages)]
+        lengths = [file.stat().st_size + self._file_limit for file in (console, messages)]
         largest = max([*lengths, *(Bytes(int(v.size * 1.1) + 64 * MIB) for v in plan.volumes)])
         spec = JailSpec(
             writable=tuple(writable),
@@ -319,7 +322,7 @@ class QemuHypervisor:
         """Let QEMU write its logs beyond ``size``, their length now: their beginnings were given back to the disk."""
         machine = self._attached.get(vm_id)
         if machine is not None:
-            machine.raise_file_limit(size + MIN_FILE_LIMIT)
+            machine.raise_file_limit(size + self._file_limit)
 
     # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -61,6 +61,8 @@ class LogKeeper:
                 length = max(trim(directory / name) for name in NAMES)
                 if length > KEEP:
                     self._let_grow(directory.name, length)
+            except PermissionError:
+                continue  # the limit stays: where that is so, it was made large from the beginning
             except OSError as error:
                 failed.append(f"{directory.name}: {error.strerror}")
         return failed
