@@ -217,7 +217,6 @@ async def test_the_way_to_kvm_for_a_user(user: FakeHost, fix: str, argv: tuple[s
 @pytest.mark.parametrize(
     ("setting", "value", "allowed"),
     [
-        ("kernel/apparmor_restrict_unprivileged_userns", "1", "= 0"),
         ("kernel/unprivileged_userns_clone", "0", "= 1"),
         ("user/max_user_namespaces", "0", "= 65536"),
     ],
@@ -234,6 +233,23 @@ async def test_a_setting_that_forbids_namespaces_is_found(
     assert allowed in found.fix[3]
     assert "sysctl -p" in found.fix[3]
     assert setting.replace("/", ".") in found.fix_note
+
+
+async def test_apparmor_is_told_to_let_bubblewrap_alone_through(user: FakeHost) -> None:
+    user.write("proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1\n")
+    user.program("bwrap", "echo 'setting up uid map: Permission denied' >&2; exit 1")
+    found = await user.finding("privileges")
+    bwrap = user.bin / "bwrap"
+    assert "apparmor_restrict_unprivileged_userns is 1" in found.fix_note
+    assert found.fix[:3] == ("sudo", "sh", "-c")
+    script = found.fix[3].replace("/etc/apparmor.d", str(user.root)).replace("apparmor_parser -r", "cat")
+    written = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert written.splitlines() == [
+        "abi <abi/4.0>,",
+        "include <tunables/global>",
+        f"profile mica-bwrap {bwrap} flags=(unconfined) {{ userns, }}",
+    ]
+    assert (user.root / "mica-bwrap").read_text() == written
 
 
 async def test_a_setting_is_not_blamed_where_namespaces_work(user: FakeHost) -> None:
@@ -296,7 +312,7 @@ async def test_images_need_programs_and_for_users_sub_ids(user: FakeHost) -> Non
     assert "165536-231071" in (await user.finding("images")).fix
     user.write("etc/subgid", "1000:165536:65536\n")
     assert (await user.finding("images")).status is Status.OK
-    user.program("unshare", "echo 'newuidmap: not setuid' >&2; exit 1")
+    user.program("mmdebstrap", "echo 'newuidmap: not setuid' >&2; exit 1")
     found = await user.finding("images")
     assert (found.status, "newuidmap: not setuid" in found.proof) == (Status.DEGRADED, True)
 

@@ -119,10 +119,8 @@ async def _map_ids(patient: Patient) -> tuple[str, tuple[str, ...]]:
             span = f"{first}-{first + _SUB_IDS - 1}"
             add = patient.fixes.command("usermod", "--add-subuids", span, "--add-subgids", span, user)
             return f"/etc/{name} gives {user} no {_SUB_IDS} sub-ids", add
-    unshare = patient.program("unshare")
-    if unshare is None:
-        return "unshare is not installed", patient.fixes.install(["unshare"])
-    answer = await ask([unshare, "--user", "--map-auto", "--map-root-user", "--", "/bin/true"], timeout_s=_TIMEOUT_S)
+    helper = [patient.program("mmdebstrap") or "mmdebstrap", "--unshare-helper", "/bin/true"]
+    answer = await ask(helper, timeout_s=_TIMEOUT_S)
     if answer.status:
         return f"mapping them failed: {answer.last_words}", ()
     return "", ()

@@ -14,9 +14,9 @@ _NAMESPACES = (
     *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
     *("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"),
 )
+_APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 # (setting, the value that forbids, the value that allows)
 _USERNS_SETTINGS = (
-    ("kernel.apparmor_restrict_unprivileged_userns", "1", 0),
     ("kernel.unprivileged_userns_clone", "0", 1),
     ("user.max_user_namespaces", "0", 65536),
 )
@@ -47,7 +47,7 @@ async def privileges(patient: Patient) -> Sequence[Finding]:
         each = "; each VM gets a user id of its own" if patient.is_root else "; VMs run under this user's id"
         proof = f"{who}; bubblewrap made {kinds} namespaces{each}"
         return [Finding(id="privileges", title=title, status=Status.OK, proof=proof)]
-    fix, note = _userns_fix(patient)
+    fix, note = _userns_fix(patient, bwrap)
     return [
         Finding(
             id="privileges",
@@ -61,16 +61,17 @@ async def privileges(patient: Patient) -> Sequence[Finding]:
     ]
 
 
-def _userns_fix(patient: Patient) -> tuple[tuple[str, ...], str]:
+def _userns_fix(patient: Patient, bwrap: str) -> tuple[tuple[str, ...], str]:
     """The kernel setting that forbids it, if it is one."""
     if patient.is_root:
         return (), "inside a container, start it with the right to make namespaces (for example --privileged)"
     for name, forbids, allows in _USERNS_SETTINGS:
         if patient.setting(name) == forbids:
             note = f"{name} is {forbids}, which forbids user namespaces to ordinary users"
-            if "apparmor" in name:
-                note += "; an AppArmor profile for bwrap alone is the narrower way (docs/guides/doctor.md)"
             return patient.fixes.sysctl(name, allows), note
+    if patient.setting(_APPARMOR) == "1":
+        note = f"{_APPARMOR} is 1, which forbids user namespaces to programs without a profile; this gives {bwrap} one"
+        return patient.fixes.allow_namespaces(bwrap), note
     return (), "run the daemon as root, or ask whoever runs this container to allow user namespaces"
 
 

@@ -256,8 +256,8 @@ def advice(root: bool, sysctl: Path = Path("/proc/sys")) -> str:
         return f"sudo sysctl -w kernel.unprivileged_userns_clone=1, {_OFF_HINT}"
     if value("kernel/apparmor_restrict_unprivileged_userns") == "1" and not root:
         return (
-            "AppArmor restricts user namespaces: sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, "
-            f"or install a profile that allows them to bwrap, {_OFF_HINT}"
+            "AppArmor forbids user namespaces to bwrap: mica doctor --fix gives it a profile that allows them, "
+            f"or sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 allows them to all, {_OFF_HINT}"
         )
     if root:
         return "inside a container, start it with the right to create namespaces (for example --privileged)"
