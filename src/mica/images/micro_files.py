@@ -134,19 +134,13 @@ esac
 
 UDHCPC_SCRIPT = """\
 #!/bin/sh
-# Called by udhcpc with what the DHCP server said.
+# Called by udhcpc with what the DHCP server said. The route comes last: when it is there, all is.
 case $1 in
   deconfig)
     ip addr flush dev "$interface"
     ip link set "$interface" up
     ;;
   bound|renew)
-    ip addr replace "$ip/${mask:-24}" ${broadcast:+broadcast "$broadcast"} dev "$interface"
-    metric=$(cat "/sys/class/net/$interface/ifindex")
-    for gateway in $router; do
-      ip route replace default via "$gateway" dev "$interface" metric "$metric"
-      break
-    done
     if [ -n "$dns" ]; then
       {
         [ -n "$domain" ] && echo "search $domain"
@@ -154,6 +148,12 @@ case $1 in
       } > /etc/resolv.conf.new
       mv /etc/resolv.conf.new /etc/resolv.conf
     fi
+    ip addr replace "$ip/${mask:-24}" ${broadcast:+broadcast "$broadcast"} dev "$interface"
+    metric=$(cat "/sys/class/net/$interface/ifindex")
+    for gateway in $router; do
+      ip route replace default via "$gateway" dev "$interface" metric "$metric"
+      break
+    done
     ;;
 esac
 """
