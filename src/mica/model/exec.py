@@ -53,8 +53,9 @@ class ExecRecord(msgspec.Struct, frozen=True, kw_only=True):
     """An exec as it is kept: all that a new daemon needs to find it again in the guest.
 
     ``guest_dir`` and ``guest_pid`` are the runner in the guest that executes it as its ``sequence``-th command, ``pid``
-    the command itself; ``out_start`` and ``err_start`` are where its output begins in the runner's first segments. Times are Unix seconds. ``exit_code`` follows the shell: 128 + n for a command ended by signal
-    n, and then ``signal`` is n. ``reduced`` says what the guest could not give, for people.
+    the command itself; ``out_start`` and ``err_start`` are where its output begins in the runner's first segments.
+    Times are Unix seconds. ``exit_code`` follows the shell: 128 + n for a command ended by signal n, and then
+    ``signal`` is n. ``reduced`` says what the guest could not give, for people.
     """
 
     id: str
