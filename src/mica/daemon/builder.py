@@ -41,6 +41,14 @@ def _user(uid: int) -> str:
         return str(uid)
 
 
+def _own_files(binary: Path) -> tuple[Path, ...]:
+    """What a QEMU that is not installed below /usr needs to see of itself: program, data and libraries."""
+    if binary.is_relative_to("/usr"):
+        return ()
+    prefix = binary.parent.parent
+    return (binary, *(path for name in ("share/qemu", "lib", "lib64") if (path := prefix / name).is_dir()))
+
+
 class Builder:
     """Makes every object of one daemon from its settings."""
 
@@ -60,6 +68,9 @@ class Builder:
     async def probe(self) -> tuple[QemuHost, Jail]:
         """QEMU, the best accelerator that is proven to work, and the strongest jail. Raises ``host-lacks``."""
         build = await self.qemu.build()
+        # A jail shows what is below /usr, and links out of there lead nowhere in it.
+        binary = Path(build.path).resolve()
+        build = msgspec.structs.replace(build, path=str(binary))
         if self.settings.accelerator:
             accelerator = Accelerator(self.settings.accelerator)
         else:
@@ -71,7 +82,7 @@ class Builder:
             firmware_format=self.firmware.format.value if self.firmware else "raw",
             direct_io=can_direct_io,
         )
-        return host, await detect(root=self.root, off=self.settings.jail_off)
+        return host, await detect(root=self.root, off=self.settings.jail_off, system=_own_files(binary))
 
     async def find_passt(self) -> passt.Passt:
         """passt, with the proof that a guest cannot reach the host's loopback through it; kept for its binary."""
