@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ import msgspec
 import structlog
 
 from mica.host.processes import ResourceLimits, find
-from mica.model.errors import Code, MicaError
+from mica.model.errors import Code, MicaError, invalid
 from mica.model.image import Firmware
 from mica.model.units import MIB, Bytes, format_size
-from mica.model.vm import Machine, VmRuntime, VmSpec
+from mica.model.vm import Machine, NetworkKind, VmRuntime, VmSpec
 from mica.ports.clock import Clock
 from mica.ports.hypervisor import Exit, LaunchPlan
 from mica.qemu import accel
@@ -136,6 +137,7 @@ class QemuHypervisor:
         return Bytes(total)
 
     async def check(self, spec: VmSpec) -> None:
+        _check_nics(spec)
         if self._found is None:
             await self.look()  # it may have been installed meanwhile
         build = self._host.build
@@ -357,6 +359,22 @@ class QemuHypervisor:
                 raise MicaError(Code.CORRUPT, f"{file} is not a file")
             os.close(descriptor)
         return directory / "console.log", directory / "qemu.log"
+
+
+def _check_nics(spec: VmSpec) -> None:
+    """Raises ``invalid`` for a NIC that no host could attach."""
+    for nic in spec.nics:
+        if nic.network not in [kind.value for kind in NetworkKind]:
+            kinds = ", ".join(NetworkKind)
+            raise invalid(f"NIC {nic.name} asks for network {nic.network!r}", hint=f"there are: {kinds}")
+        for publish in nic.publish:
+            try:
+                ip_address(publish.host_address)
+            except ValueError as error:
+                raise invalid(
+                    f"cannot publish port {publish.guest_port} on {publish.host_address!r}, which is no IP address",
+                    hint="127.0.0.1 is this host alone, 0.0.0.0 all its addresses",
+                ) from error
 
 
 async def _greeted(name: str, jailed: Jailed, socket: Path) -> Monitor:
