@@ -27,8 +27,8 @@ MAX_IDLE = 2
 MAX_REUSE = 500
 START_TIMEOUT_S = 20.0
 RETRY_S = (1.0, 4.0, 15.0, 60.0)
-QUICK_S = 0.15
 MIN_TYPICAL_S = 0.001
+MAX_TYPICAL_S = 0.008
 MAX_FIRST = 256 * KIB
 """A runner whose first segments hold more than this is not used again."""
 
@@ -54,6 +54,7 @@ class Runner:
         self._closing: list[int] = []
         self._door: int | None = None
         self._bell: int | None = None
+        self._armed = 0
         self._arming = asyncio.Lock()
 
     def path(self, name: str) -> str:
@@ -77,29 +78,23 @@ class Runner:
         self._closing.clear()
 
     async def arm(self, after: int, closing: Sequence[int] = ()) -> None:
-        """Open the file for the command after command ``after``, and the way to tell of it; close other handles.
+        """Let it make ready for the command after command ``after``; close handles that are not needed any more.
 
-        Opening empties the file, so it must not happen when that command has been written already.
+        Opening the file for that command empties it, so it must not happen when that command has been written already.
         """
         async with self._arming:
             agent = self.agent
             requests: list[Request[Any]] = [agent.close_request(handle) for handle in closing]
-            if self.sequence != after:
-                if requests:
-                    await agent.batch(requests)
-                return
-            if self._door is None:
+            if self._door is None and self.sequence == after:
+                if self._bell is None:
+                    self._bell = await agent.file_open(self.path("c"), "r+")
+                elif self._armed != after:
+                    requests += [agent.write_request(self._bell, b"n\n"), agent.flush_request(self._bell)]
                 requests.append(agent.open_request(self.path("x"), "w"))
-            if self._bell is None:
-                requests.append(agent.open_request(self.path("c"), "r+"))
-            if not requests:
-                return
-            opened = list(await agent.batch(requests))[len(closing) :]
-            _succeed(opened)
-            if self._door is None:
-                self._door = opened.pop(0)
-            if self._bell is None:
-                self._bell = opened.pop(0)
+                *_, self._door = _succeed(await agent.batch(requests), besides=len(closing))
+                self._armed = after
+            elif requests:
+                await agent.batch(requests)
 
     async def submit(self, text: str, *, numbered: int) -> CommandEvents:
         """Give it its next command, whose shell is ``text`` and whose number must be ``sequence + 1``."""
@@ -164,8 +159,9 @@ class Runner:
         return status.out_data.decode("utf-8", "replace")
 
 
-def _succeed(answers: Sequence[Any]) -> Sequence[Any]:
-    for answer in answers:
+def _succeed(answers: Sequence[Any], *, besides: int = 0) -> Sequence[Any]:
+    """The answers, if none is a refusal; the first ``besides`` may be."""
+    for answer in answers[besides:]:
         if isinstance(answer, AgentRefusedError):
             raise answer
     return answers
@@ -190,8 +186,8 @@ class Runners:
         """
         if looks == 1:
             self.typical_s = max(self.typical_s * 0.9, MIN_TYPICAL_S)
-        elif seconds < QUICK_S:
-            self.typical_s += (seconds - self.typical_s) / 4
+        else:
+            self.typical_s = min(self.typical_s + (seconds - self.typical_s) / 4, MAX_TYPICAL_S)
 
     async def prepare(self) -> None:
         """Have one waiting, so that the first command is as quick as the others."""

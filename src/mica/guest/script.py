@@ -9,7 +9,8 @@ Files in the directory::
 
     l           the log: one line for each event, appended; see :mod:`mica.guest.log`
     x           what to do next: shell that becomes the command
-    c           FIFO by which the host says that it has written x, with the number of the command
+    c           FIFO by which the host says that it has written x, with the number of the command, and before the
+                next one, with any line, that it has what it wanted of the last
     f           there is a feeder of stdin
     o e i s     FIFOs: the command's stdout, stderr, stdin, and the host's word to the feeder of stdin
     o.N e.N     segments of stdout and stderr, the host reads them by offset; segment 0 is appended to by every command
@@ -25,7 +26,8 @@ Redirections of the pumps stand on a group, not on the function: around a functi
 closes, and a pump that holds the writing end of its own pipe never sees its end.
 
 Shell in dash and busybox reads a FIFO byte by byte, which costs a system call each: lines are short, and whatever is
-longer goes through a file. The process of the next command is forked beforehand and waits for its number.
+longer goes through a file. The process of the next command is forked beforehand and waits for its number; but only
+when the host has the end of the last command, which it would otherwise get later.
 """
 
 from __future__ import annotations
@@ -128,6 +130,7 @@ while :; do
     exec 3>&-
   fi
   wait $o $e
+  read -r a <&7
 done
 """.replace("@BLOCK@", str(SEGMENT_BLOCK)).replace("@READS@", str(SEGMENT_READS))
 """Arguments: how many unread segments make a pump wait, a token, and the directories to try, in order."""
