@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -30,6 +32,7 @@ T = TypeVar("T")
 SOURCE = Path(__file__).parents[2]
 START_TIMEOUT_S = 90.0
 _LOG_TAIL = 6000
+_KEEP_TEMPLATES_S = 86400.0
 
 
 def wait_for(what: str, look: Callable[[], T], *, timeout_s: float = 20.0) -> T:
@@ -77,6 +80,7 @@ class World:
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start a daemon and do not wait for it."""
+        self.log.touch(0o600)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "mica.daemon", "--home", str(self.home)],
@@ -250,23 +254,40 @@ def _cache() -> Path:
     return Path(tempfile.gettempdir()) / f"mica-tests-{os.geteuid()}"
 
 
+@functools.cache
 def template() -> Path:
-    """A home in which the product itself has built the image ``micro`` and proved its accelerators. Kept."""
-    home = _cache() / f"home-{_digest_of_images()}"
-    ready = home / "ready"
-    if not ready.exists():
-        shutil.rmtree(home, ignore_errors=True)
-        world = World(home)
-        try:
-            world.start()
-            done = world.cli("image", "build", "micro", timeout_s=600)
-            assert done.returncode == 0, done.stderr + world.log_tail(world.log)
-        except BaseException:
-            world.destroy()
-            raise
-        world.kill(signal.SIGTERM)
-        ready.touch()
+    """A home in which the product itself has built the image ``micro`` and proved its accelerators. Kept.
+
+    Several test runs may want it at once: one makes it, the others wait.
+    """
+    cache = _cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    home = cache / f"home-{_digest_of_images()}"
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "ready").exists():
+            _make_template(home)
+            (home / "ready").touch()
     return home
+
+
+def _make_template(home: Path) -> None:
+    shutil.rmtree(home, ignore_errors=True)
+    world = World(home)
+    for other in home.parent.glob("home-*"):
+        packages = other / "cache" / "packages"
+        if packages.is_dir() and not (home / "cache" / "packages").exists():  # what was downloaded already
+            shutil.copytree(packages, home / "cache" / "packages", copy_function=_link)
+        if time.time() - other.stat().st_mtime > _KEEP_TEMPLATES_S:
+            shutil.rmtree(other, ignore_errors=True)
+    try:
+        world.start()
+        done = world.cli("image", "build", "micro", timeout_s=600)
+        assert done.returncode == 0, done.stderr + world.log_tail(world.log)
+    except BaseException:
+        world.destroy()
+        raise
+    world.kill(signal.SIGTERM)
 
 
 def _link(source: str, target: str) -> None:
