@@ -53,7 +53,7 @@ async def build(recipe: ImportRecipe, draft: Draft, commands: Commands, progress
     need_space(draft.files, int(info.get("actual-size", 0)) + _RESERVE, f"importing {path.name}")
     await _convert(commands, path, kind, draft.file("disk.qcow2"), progress)
     draft.facts = Facts(
-        os="",
+        os="unknown",
         disk="disk.qcow2",
         # QEMU rounds a disk's size up to whole sectors.
         disk_size=Bytes(size + -size % 512),
