@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from mica.guest.agent import GuestAgent
-from mica.guest.exec import GuestExec, Patience
+from mica.guest.exec import GuestExec
 from mica.guest.executor import GuestExecutor
+from mica.guest.patience import Patience
 from mica.guest.plain import PlainExec
 from mica.guest.spool import Stream
 from mica.model.errors import Code, MicaError
@@ -68,6 +69,13 @@ class World:
         )
         assert isinstance(execution, GuestExec)
         return execution
+
+    async def abandon(self, execution: GuestExec) -> None:
+        """The daemon ends just when the guest has the command."""
+        task = asyncio.create_task(execution.run())
+        await execution.submitted()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     async def run(self, executor: GuestExecutor, *argv: str, **fields: object) -> tuple[ExecRecord, bytes, bytes]:
         execution = await self.start(executor, *argv, **fields)
@@ -416,6 +424,7 @@ async def test_a_new_daemon_goes_on_with_the_next_byte(world: World, moments: li
     execution = await world.start(world.daemon(), *sh(command))
     for moment in moments:
         task = asyncio.create_task(execution.run())
+        await execution.submitted()
         await asyncio.sleep(moment)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -431,6 +440,7 @@ async def test_a_new_daemon_goes_on_with_the_next_byte(world: World, moments: li
 
 async def test_what_ended_while_no_daemon_was_there(world: World) -> None:
     execution = await world.start(world.daemon(), *sh("echo out; sleep 0.2; echo more; exit 9"))
+    await world.abandon(execution)
     await world.die()
     await asyncio.sleep(0.6)
     resumed = world.daemon().resume(world.records[-1], world.tmp / "spool1", world.keep)
@@ -616,7 +626,8 @@ async def test_sweep_ends_what_no_daemon_remembers(world: World) -> None:
     marker = f"6{os.getpid()}.5"
     kept = await world.start(executor, *sh("sleep 0.5; echo kept"))
     kept_record = world.records[-1]
-    await world.start(executor, "sleep", marker)
+    await world.abandon(kept)
+    await world.abandon(await world.start(executor, "sleep", marker))
     await executor.prepare()
     await asyncio.sleep(0.2)
     await world.die()
@@ -628,6 +639,28 @@ async def test_sweep_ends_what_no_daemon_remembers(world: World) -> None:
     await asyncio.wait_for(resumed.run(), 10)
     assert await read(resumed, Stream.STDOUT) == b"kept\n"
     assert kept.record.id == kept_record.id
+
+
+async def test_what_the_guest_never_heard_of_is_lost(world: World) -> None:
+    world.patience = Patience(alive_s=0.2, start_s=0.3)
+    await world.start(world.daemon(), "true")
+    await world.die()
+    resumed = world.daemon().resume(world.records[-1], world.tmp / "spool1", world.keep)
+    record = await asyncio.wait_for(resumed.run(), 10)
+    assert record.state is ExecState.LOST
+    assert record.error is not None
+    assert "never started" in record.error.message
+
+
+async def test_an_agent_that_went_between_two_commands_fails_the_second(world: World) -> None:
+    executor = world.daemon()
+    await world.run(executor, "true")
+    await executor.runners.settle()
+    world.daemons[-1][0].port_closed()
+    record, _, _ = await world.run(executor, "true")
+    assert record.state is ExecState.FAILED
+    assert record.error is not None
+    assert record.error.code is Code.AGENT_UNAVAILABLE
 
 
 async def test_what_is_to_stop_while_the_agent_is_gone_for_good_is_lost(world: World) -> None:

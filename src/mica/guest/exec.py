@@ -21,11 +21,13 @@ import msgspec
 
 from mica.guest import outcome
 from mica.guest.agent import AgentRefusedError, GuestAgent
+from mica.guest.ending import Ending, Verdict
 from mica.guest.log import CommandEvents, StreamEvents
+from mica.guest.patience import Patience
 from mica.guest.runner import Runner, Runners
 from mica.guest.script import command_script
 from mica.guest.segments import SegmentReader
-from mica.guest.spool import Cursor, Spool, Stream
+from mica.guest.spool import Spool, SpoolSink, Stream
 from mica.guest.stdin import StdinWriter
 from mica.guest.tail import Tail, open_tails
 from mica.model.errors import Code, MicaError
@@ -37,45 +39,7 @@ MIN_PAUSE_S = 0.001
 MAX_PAUSE_S = 0.1
 QUICK_S = 0.05
 """So long we look every few milliseconds: most commands have ended by then."""
-MAX_KILLS = 5
-
-
-class Patience(msgspec.Struct, frozen=True):
-    """How long an exec waits for what, in seconds.
-
-    ``linger_s``: for output that something in the background holds open after the command has ended. ``grace_s``:
-    between SIGTERM and SIGKILL. ``alive_s``: of silence before we look whether the runner still exists. ``start_s``:
-    for a command to begin. ``give_up_s``: for an agent that does not answer, once the command is to be stopped.
-    """
-
-    linger_s: float = 2.0
-    grace_s: float = 5.0
-    alive_s: float = 5.0
-    start_s: float = 10.0
-    give_up_s: float = 30.0
-
-
 _TRANSIENT = frozenset({Code.AGENT_UNAVAILABLE, Code.TIMEOUT, Code.BUSY, Code.INSUFFICIENT_DISK})
-
-
-class SpoolSink:
-    """One stream of a spool as the place where a :class:`SegmentReader` puts what it reads."""
-
-    def __init__(self, spool: Spool, stream: Stream) -> None:
-        self._spool = spool
-        self._stream = stream
-
-    def position(self) -> int:
-        return self._spool.size(self._stream)
-
-    def put(self, data: bytes) -> None:
-        self._spool.append(self._stream, data)
-
-    def load(self) -> Cursor:
-        return self._spool.cursor(self._stream)
-
-    def save(self, cursor: Cursor) -> None:
-        self._spool.set_cursor(self._stream, cursor)
 
 
 class GuestExec:
@@ -98,25 +62,18 @@ class GuestExec:
         self.record = record
         self.spool = spool
         self._runners = runners
-        self._runner = runner
         self._on_change = on_change
         self._resumed = resumed
         self._patience = patience
-        self._readers = {
-            Stream.STDOUT: self._reader(runner.out, record.out_start, "ao", Stream.STDOUT),
-            Stream.STDERR: self._reader(runner.err, record.err_start, "ae", Stream.STDERR),
-        }
-        self._stdin = StdinWriter(runner.agent, runner) if record.spec.stdin else None
+        self._readers: dict[Stream, SegmentReader] = {}
+        self._stdin: StdinWriter | None = None
+        self._submitted = asyncio.Event()
+        self._bind(runner)
         self._wake = asyncio.Event()
         self._begun = self._moved = self._checked = time.monotonic()
         self._looks = 0
         self._looked = self._begun
-        self._signals: list[int] = []
-        self._sent: list[int] = []
-        self._kills: list[float] = []
-        self._stopping: MicaError | None = None
-        self._stop_asked: float | None = None
-        self._start_ticks = ""
+        self._ending = Ending(patience)
         self._lost = ""
 
     @property
@@ -134,14 +91,56 @@ class GuestExec:
     def _stream_events(self, stream: Stream) -> StreamEvents:
         return self._events.out if stream is Stream.STDOUT else self._events.err
 
-    async def submit(self) -> None:
-        """Give the command to the guest. The record must have been kept before."""
-        spec = self.record.spec
+    def _bind(self, runner: Runner) -> None:
+        """Let this runner execute it: what a resumed one does already, and a new one as its next command."""
+        self._runner = runner
+        if not self._resumed:
+            self.record = msgspec.structs.replace(
+                self.record,
+                guest_dir=runner.directory,
+                guest_pid=runner.pid,
+                sequence=runner.sequence + 1,
+                out_start=runner.out.offset,
+                err_start=runner.err.offset,
+            )
+        self._readers = {
+            Stream.STDOUT: self._reader(runner.out, self.record.out_start, "ao", Stream.STDOUT),
+            Stream.STDERR: self._reader(runner.err, self.record.err_start, "ae", Stream.STDERR),
+        }
+        self._stdin = StdinWriter(runner.agent, runner) if self.record.spec.stdin else None
+
+    async def _submit(self) -> None:
+        """Give the command to the guest; its record has been kept before. A failure ends the exec."""
+        try:
+            try:
+                await self._tell()
+            except AgentRefusedError as refusal:
+                if not (refusal.absent_file or refusal.lost_handle):
+                    raise
+                # The agent or the guest was restarted: whatever waited there is gone or cannot be told from it.
+                self._runners.forget()
+                self._runners.release(self._runner, reusable=False, closing=())
+                self._bind(await self._runners.acquire())
+                await self._on_change(self.record)
+                await self._tell()
+        except AgentRefusedError as refusal:
+            await self._end(outcome.failed(self.record, await self._agent.explain(refusal)))
+        except MicaError as error:
+            # Whether the guest has heard of it is not known; its runner is ended, and with it what it may start.
+            await self._end(outcome.failed(self.record, error))
+        finally:
+            self._submitted.set()
+
+    async def _tell(self) -> None:
         sequence = self.record.sequence
-        await self._runner.submit(command_script(spec, sequence), numbered=sequence)
+        await self._runner.submit(command_script(self.record.spec, sequence), numbered=sequence)
         self._begun = self._moved = time.monotonic()
 
     # What a user of it does
+
+    async def submitted(self) -> None:
+        """Return when the guest has been given the command, or when it turned out that it cannot be."""
+        await self._submitted.wait()
 
     async def write_stdin(self, data: bytes) -> None:
         """Return when the guest has it; waits while the command does not read. :meth:`run` must be running.
@@ -151,11 +150,13 @@ class GuestExec:
         """
         if self._stdin is None:
             raise MicaError(Code.STATE_CONFLICT, "the command was started without standard input")
+        await self._submitted.wait()
         await self._stdin.write(data)
         self._wake.set()
 
     async def close_stdin(self) -> None:
         """End of input; idempotent, and of no effect where there is no stdin."""
+        await self._submitted.wait()
         if self._stdin is not None:
             await self._stdin.close()
             self._wake.set()
@@ -163,13 +164,12 @@ class GuestExec:
     async def kill(self, signal: int = signals.SIGTERM) -> None:
         """Signal the command and everything that descends from it, as soon as it runs. Of no effect after its end."""
         if not self.record.state.final:
-            self._signals.append(int(signal))
+            self._ending.signal_soon(int(signal))
             self._wake.set()
 
     async def stop(self) -> None:
         """End it: SIGTERM, and SIGKILL after a grace of 5 s for whatever is left of it."""
-        self._stopping = self._stopping or MicaError(Code.CANCELLED, "the command was stopped")
-        self._stop_asked = self._stop_asked or time.monotonic()
+        self._ending.stop_soon(MicaError(Code.CANCELLED, "the command was stopped"))
         self._wake.set()
 
     def lose(self, reason: str) -> None:
@@ -184,13 +184,21 @@ class GuestExec:
     # The loop
 
     async def run(self) -> ExecRecord:
-        """Read until the end and return the final record. Cancelling it leaves the command running in the guest."""
+        """Start it, read until its end, and return the final record.
+
+        Cancelling this leaves the command running in the guest. A guest that cannot be given the command any more makes
+        the exec ``failed``.
+        """
         pause = MIN_PAUSE_S if self._resumed else self._runners.typical_s
         try:
+            if not self._resumed:
+                await self._submit()
+            self._submitted.set()
             while not self.record.state.final:
                 await self._sleep(pause)
                 pause = await self._round(pause)
         finally:
+            self._submitted.set()
             self.spool.finish() if self.record.state.final else self.spool.close()
             if self._stdin is not None:
                 self._stdin.end()
@@ -260,7 +268,7 @@ class GuestExec:
         if progressed:
             self._moved = time.monotonic()
         if self._finished():
-            await self._end(outcome.ended(self.record, self._events, self._sent, self._stopping, self._guest))
+            await self._end(self._ended())
         elif self._events.started and self.record.state is ExecState.STARTING and self._events.exit_code is None:
             await self._change(state=ExecState.RUNNING, pid=self._events.pid)
         return progressed
@@ -294,14 +302,13 @@ class GuestExec:
     def _overdue(self) -> bool:
         """It should have been stopped long ago."""
         timeout_s = self.record.spec.timeout_s
-        if timeout_s is not None and self._age() > timeout_s + self._patience.give_up_s:
-            return True
-        return self._stop_asked is not None and time.monotonic() - self._stop_asked > self._patience.give_up_s
+        too_old = timeout_s is not None and self._age() > timeout_s + self._patience.give_up_s
+        return too_old or self._ending.overdue
 
     async def _give_up(self, error: MicaError) -> None:
         """End the command because Mica cannot keep what it writes."""
         if self._events.pid is not None:
-            await self._signal(signals.SIGKILL)
+            await self._ending.send(self._runner, self._events.pid, signals.SIGKILL)
         await self._end(outcome.failed(self.record, error))
 
     # Time-outs, signals, remains
@@ -309,49 +316,27 @@ class GuestExec:
     async def _act(self) -> None:
         now = time.monotonic()
         spec, events = self.record.spec, self._events
-        for failed in (events.out.failed, events.err.failed):
-            if failed:
-                await self._give_up(outcome.guest_full(self._guest))
-                return
-        if spec.timeout_s is not None and self._stopping is None and self._age() >= spec.timeout_s:
-            self._stopping = outcome.timed_out(spec.timeout_s)
-        if events.pid is not None and events.exit_code is None:
-            while self._signals:
-                await self._signal(self._signals.pop(0))
-        if self._stopping is not None:
-            await self._escalate(now)
-        if events.exit_code is not None and now - self._moved > self._patience.linger_s and not self._kills:
-            # Something in the background holds the command's output open. It keeps running; we stop listening.
-            await self._end(outcome.ended(self.record, events, self._sent, None, self._guest))
-        if now - max(self._moved, self._checked) > self._patience.alive_s:
+        if events.out.failed or events.err.failed:
+            await self._give_up(outcome.guest_full(self._guest))
+            return
+        if spec.timeout_s is not None and self._age() >= spec.timeout_s:
+            self._ending.stop_soon(outcome.timed_out(spec.timeout_s))
+        verdict = await self._ending.act(self._runner, events)
+        held = events.exit_code is not None and now - self._moved > self._patience.linger_s and not self._ending.begun
+        if isinstance(verdict, MicaError):
+            await self._end(outcome.failed(self.record, verdict))
+        elif verdict is Verdict.GONE or held:
+            # Where something in the background holds the output open, that keeps running, and we stop listening.
+            await self._end(self._ended())
+        elif now - max(self._moved, self._checked) > self._patience.alive_s:
             self._checked = now
             await self._check_alive(now)
 
+    def _ended(self) -> ExecRecord:
+        return outcome.ended(self.record, self._events, self._ending.sent, self._ending.reason, self._guest)
+
     def _age(self) -> float:
         return time.time() - self.record.started_at
-
-    async def _escalate(self, now: float) -> None:
-        pid = self._events.pid
-        if pid is None:
-            if self._events.started:
-                await self._end(outcome.failed(self.record, outcome.no_proc(self._guest)))
-            return
-        if not self._kills:
-            self._kills.append(now)
-            await self._signal(signals.SIGTERM)
-        elif now - self._kills[-1] >= (self._patience.grace_s if len(self._kills) == 1 else self._patience.linger_s):
-            self._kills.append(now)
-            left = await self._signal(signals.SIGKILL)
-            if self._events.exit_code is not None and not left:
-                await self._end(outcome.ended(self.record, self._events, self._sent, self._stopping, self._guest))
-            elif len(self._kills) > MAX_KILLS:
-                await self._end(outcome.failed(self.record, outcome.unkillable(self._guest, pid)))
-
-    async def _signal(self, signal: int) -> int:
-        assert self._events.pid is not None
-        self._sent.append(signal)
-        count, self._start_ticks = await self._runner.signal(signal, self._events.pid, self._start_ticks)
-        return count
 
     async def _check_alive(self, now: float) -> None:
         """Silence is normal; a runner that is gone is not."""
@@ -382,7 +367,7 @@ class GuestExec:
     async def _tidy(self) -> None:
         events = self._events
         quick = all((self._stream_events(s).ended or 0) <= 1 for s in Stream)
-        reusable = events.over and quick and not (self._resumed or self._sent or self._stdin or self._lost)
+        reusable = events.over and quick and not (self._resumed or self._ending.sent or self._stdin or self._lost)
         handles = [handle for reader in self._readers.values() for handle in reader.leftovers()]
         if self._stdin is not None:
             self._stdin.end()

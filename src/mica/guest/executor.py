@@ -10,7 +10,8 @@ from msgspec.structs import replace
 
 from mica.guest import outcome
 from mica.guest.agent import AgentRefusedError, GuestAgent
-from mica.guest.exec import GuestExec, OnChange, Patience
+from mica.guest.exec import GuestExec, OnChange
+from mica.guest.patience import Patience
 from mica.guest.plain import PlainExec
 from mica.guest.runner import DIRECTORIES, WINDOW, Runner, Runners
 from mica.guest.spool import DEFAULT_LIMIT, Spool
@@ -49,7 +50,7 @@ class GuestExecutor:
     async def start(
         self, spec: ExecSpec, *, exec_id: str, vm_id: str, spool_dir: Path, on_change: OnChange
     ) -> GuestExec | PlainExec:
-        """Start a command; ``run`` what is returned. ``spool_dir`` is the exec's own, created where absent.
+        """Prepare a command; it starts when what is returned is ``run``, at once. ``spool_dir`` is the exec's own.
 
         The record is given to ``on_change`` before the guest hears of the command, so that a daemon that dies in
         between finds either nothing or the command. Raises ``invalid``, ``agent-unavailable``, ``agent-failed``.
@@ -62,34 +63,11 @@ class GuestExecutor:
             if not _no_shell(refusal):
                 raise
             return await self._plain(record, spool_dir, on_change, refusal)
-        while True:
-            try:
-                return await self._begin(runner, record, spool_dir, on_change)
-            except AgentRefusedError as refusal:
-                if not (refusal.absent_file or refusal.lost_handle):
-                    raise await self.agent.explain(refusal) from refusal
-            # The agent or the guest was restarted: whatever waited there is gone or cannot be told from it.
-            self.runners.forget()
-            runner = await self.runners.acquire()
-
-    async def _begin(self, runner: Runner, record: ExecRecord, spool_dir: Path, on_change: OnChange) -> GuestExec:
-        record = replace(
-            record,
-            guest_dir=runner.directory,
-            guest_pid=runner.pid,
-            sequence=runner.sequence + 1,
-            out_start=runner.out.offset,
-            err_start=runner.err.offset,
-        )
         spool = Spool(spool_dir, limit=self._max_output)
+        execution = GuestExec(self.runners, runner, record, spool, on_change, patience=self._patience, resumed=False)
         try:
-            await on_change(record)
-            execution = GuestExec(
-                self.runners, runner, record, spool, on_change, patience=self._patience, resumed=False
-            )
-            await execution.submit()
+            await on_change(execution.record)
         except BaseException:
-            # Whether the guest has got the command is not known, so the runner cannot be given another one.
             spool.close()
             self.runners.release(runner, reusable=False, closing=())
             raise

@@ -160,3 +160,23 @@ class Spool:
 
     def _cursor_path(self, stream: Stream) -> Path:
         return self._directory / f"{stream.value}.cursor"
+
+
+class SpoolSink:
+    """One stream of a spool as the place where a :class:`SegmentReader` puts what it reads."""
+
+    def __init__(self, spool: Spool, stream: Stream) -> None:
+        self._spool = spool
+        self._stream = stream
+
+    def position(self) -> int:
+        return self._spool.size(self._stream)
+
+    def put(self, data: bytes) -> None:
+        self._spool.append(self._stream, data)
+
+    def load(self) -> Cursor:
+        return self._spool.cursor(self._stream)
+
+    def save(self, cursor: Cursor) -> None:
+        self._spool.set_cursor(self._stream, cursor)
