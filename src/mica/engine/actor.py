@@ -65,6 +65,7 @@ class Actor:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
+        self.stuck: Operation | None = None
         self.lock = asyncio.Lock()
 
     def start(self) -> None:
@@ -78,12 +79,24 @@ class Actor:
 
     def at_rest(self) -> bool:
         """Nobody would miss this actor: it has nothing to do and nobody is giving it anything."""
-        return not self._waiting and not self.lock.locked()
+        return not self._waiting and not self.lock.locked() and self.stuck is None
 
     @property
     def waiting(self) -> tuple[Operation, ...]:
         """Accepted and not ended, oldest (the running one) first."""
         return tuple(w.operation for w in self._waiting)
+
+    def blocked(self) -> MicaError | None:
+        """Why nothing new may begin: taking back a stuck operation later would hit what was done since."""
+        if self.stuck is None:
+            return None
+        noun, id_ = self.target.partition("/")[0], self.stuck.id
+        return MicaError(
+            Code.STUCK,
+            f"{noun} {self.stuck.target_name} waits for an operator: its {self.stuck.verb} is stuck",
+            hint=f"`mica operation resolve {id_[:8]} retry` tries again to take it back, `accept` leaves it as it is",
+            details={"operation": id_},
+        )
 
     def enqueue(self, operation: Operation) -> None:
         """Hand over an operation that the store already holds."""
@@ -113,8 +126,9 @@ class Actor:
                 definition = self._definitions.get(first.operation.verb)
                 if definition is None:
                     raise IllegalJournal(f"this Mica has no verb {first.operation.verb}")
+                blocked = None if first.begun else self.blocked()
                 first.begun = True
-                await Runner(self._env, definition, first.operation, first.canceller).run()
+                self._note(await Runner(self._env, definition, first.operation, first.canceller, blocked).run())
         except IllegalJournal as error:
             log.exception("operation cannot be followed", operation=first.operation.id)
             await self._give_up(first.operation, str(error))
@@ -126,13 +140,20 @@ class Actor:
         self._failures = 0
         self._waiting.popleft()
 
+    def _note(self, ended: Operation) -> None:
+        if ended.state is OperationState.STUCK:
+            self.stuck = ended
+        elif self.stuck is not None and self.stuck.id == ended.id:
+            self.stuck = None
+
     async def _give_up(self, operation: Operation, why: str) -> None:
         """No journal to go by: an operator decides. If not even that can be written, the next daemon tries again."""
         problem = Problem(Code.INTERNAL, f"the operation cannot be followed: {why}", hint="resolve it with `accept`")
         try:
-            await self._env.records.operations.update(
+            written = await self._env.records.operations.update(
                 operation.id, lambda o: replace(o, state=OperationState.STUCK, problem=problem)
             )
+            self._note(written.value)
         except MicaError:
             log.exception("operation could not be marked as stuck", operation=operation.id)
 

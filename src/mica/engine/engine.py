@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -26,6 +26,7 @@ from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Actor as By
 from mica.model.operation import Operation, OperationState
 from mica.model.transitions import LIVE, Answer, VmVerb
+from mica.model.units import format_duration
 from mica.model.views import VmDelete
 from mica.ports.hypervisor import Machine
 from mica.ports.store import ABSENT, Conflict
@@ -42,11 +43,17 @@ ENGINE = By("mica", "engine")
 class Engine:
     """One host's engine. Use :meth:`running`; every other method needs it to run.
 
-    ``definitions`` are the verbs it knows, by name.
+    ``definitions`` are the verbs it knows, by name; ``new_id`` makes the ids of VMs and operations.
     """
 
-    def __init__(self, ports: Ports, definitions: Mapping[str, Definition] = DEFINITIONS) -> None:
+    def __init__(
+        self,
+        ports: Ports,
+        definitions: Mapping[str, Definition] = DEFINITIONS,
+        new_id: Callable[[], uuid.UUID] = uuid.uuid4,
+    ) -> None:
         self._definitions = definitions
+        self._new_id = new_id
         self.sampler = UsageSampler(ports)
         self.env = Env(**vars(ports), machines=self, sampler=self.sampler)
         self.views = Views(self.env, self)
@@ -79,7 +86,11 @@ class Engine:
     async def _recover(self) -> None:
         """Give every VM its actor and every unfinished operation to the actor of its target, oldest first."""
         records = self.env.records
-        unfinished = [o for o in (await records.operations.scan()).values() if _active(o.value)]
+        rows = (await records.operations.scan()).values()
+        for row in rows:
+            if row.value.state is OperationState.STUCK:
+                self._actor(row.value.target).stuck = row.value
+        unfinished = [o for o in rows if _active(o.value)]
         for row in sorted(unfinished, key=_order):
             self._actor(row.value.target).enqueue(row.value)
         for vm_id, status in (await records.statuses.scan()).items():
@@ -181,7 +192,7 @@ class Engine:
         if definition.noun == "vm" and not definition.creates:
             target = await self.env.records.resolve_vm(target)
         elif definition.creates:
-            target = str(uuid.uuid4())
+            target = str(self._new_id())
         digest = hashlib.sha256(msgspec.json.encode([verb, target if not definition.creates else "", params]))
         key = f"{by.name}:{idempotency_key}" if idempotency_key else ""
         actor = self._actor(f"{definition.noun}/{target}", start=True)
@@ -233,6 +244,8 @@ class Engine:
         env, draft = self.env, Draft()
         proposal = Proposal(env, params, by, draft, target)
         answer = Answer.ACCEPT
+        if (blocked := actor.blocked()) is not None:
+            raise blocked
         if definition.noun == "vm" and not definition.creates:
             proposal.vm = await env.records.vms.need(target)
             proposal.status = await env.records.statuses.need(target)
@@ -251,12 +264,20 @@ class Engine:
                 raise decision.error
             answer = decision.answer
         if answer is Answer.ACCEPT:
-            async with within(env.clock, PLAN_S):
-                await definition.plan(proposal)
-        self._check_queue(definition, f"{definition.noun}/{proposal.target_id}")
+            try:
+                async with within(env.clock, PLAN_S):
+                    await definition.plan(proposal)
+            except TimeoutError as error:
+                raise MicaError(
+                    Code.TIMEOUT,
+                    f"this host did not say within {format_duration(PLAN_S)} whether that is possible",
+                    hint="`mica doctor` shows what does not answer",
+                    retryable=True,
+                ) from error
+        self._check_queue(definition, f"{definition.noun}/{proposal.target_id}", actor)
         now = env.clock.now()
         operation = Operation(
-            id=str(uuid.uuid4()),
+            id=str(self._new_id()),
             verb=definition.verb,
             target=f"{definition.noun}/{proposal.target_id}",
             target_name=proposal.target_name,
@@ -274,10 +295,13 @@ class Engine:
         await env.records.commit(draft)
         return operation
 
-    def _check_queue(self, definition: Definition, target: str) -> None:
+    def _check_queue(self, definition: Definition, target: str, actor: Actor) -> None:
         """Nothing queues without bound. VMs have asked their inbox; for what has none, and for builds, this is it."""
         if definition.noun == "vm":
             return
+        blocked = self._others.get(target, actor).blocked()
+        if blocked is not None:
+            raise blocked
         if definition.creates:
             waiting = sum(len(a.waiting) for a in self._others.values())
         else:
@@ -321,6 +345,7 @@ class Engine:
 
         operation = (await self.env.records.operations.update(operation_id, change)).value
         actor = self._actor(operation.target, start=True)
+        actor.stuck = None
         if how == "retry":
             actor.enqueue(operation)
         elif isinstance(actor, VmActor):

@@ -51,9 +51,17 @@ class Canceller:
 
 
 class Runner:
-    """One run of one operation. Owns the operation's row while it runs."""
+    """One run of one operation. Owns the operation's row while it runs. ``blocked``: why it must not begin."""
 
-    def __init__(self, env: Env, definition: Definition, operation: Operation, canceller: Canceller) -> None:
+    def __init__(
+        self,
+        env: Env,
+        definition: Definition,
+        operation: Operation,
+        canceller: Canceller,
+        blocked: MicaError | None = None,
+    ) -> None:
+        self._blocked = blocked
         self._env = env
         self._definition = definition
         self._operation = operation
@@ -117,6 +125,8 @@ class Runner:
 
     async def _judge(self) -> Decision:
         verb, operation = self._definition.state_verb, self._operation
+        if self._blocked is not None:
+            return Decision(Answer.DENY, VmState.GONE, self._blocked)
         if verb is None:
             return Decision(Answer.ACCEPT, VmState.CREATING)
         status = await self._env.records.statuses.get(operation.target.partition("/")[2])

@@ -80,7 +80,11 @@ async def undo_promise(context: Context) -> None:
 async def _vm(context: Context) -> Vm:
     """The VM with the spec that was admitted."""
     vm = (await context.env.records.vms.need(context.vm_id)).value
-    return replace(vm, spec=msgspec.convert(context.operation.params["spec"], VmSpec))
+    return replace(vm, spec=_spec(context))
+
+
+def _spec(context: Context) -> VmSpec:
+    return msgspec.convert(context.operation.params["spec"], VmSpec)
 
 
 async def _image(context: Context, vm: Vm) -> Image | None:
@@ -89,12 +93,16 @@ async def _image(context: Context, vm: Vm) -> Image | None:
     return (await context.env.records.images.need(vm.spec.image)).value.image
 
 
-async def begin(context: Context) -> None:
-    """From here the promise is exactly what will run; one that was larger, or was lost to a stop, ends."""
+async def begin(context: Context) -> str:
+    """Returns the boot of the host in which it began: what the next steps make does not outlive that.
+
+    From here the promise is exactly what will run; one that was larger, or was lost to a stop, ends.
+    """
     spec = (await _vm(context)).spec
     overhead = context.env.hypervisor.overhead(spec)
     await context.env.records.promise(context.vm_id, Reservation(spec.memory, overhead))
     await set_state(context.env, context.vm_id, lambda o: moved(context.env, o, VmState.STARTING))
+    return context.env.host.boot_id()
 
 
 async def undo_begin(context: Context) -> None:
@@ -127,15 +135,14 @@ async def make_slice(context: Context) -> dict[str, Any]:
 
 
 async def undo_slice(context: Context) -> None:
-    vm = await _vm(context)
-    handle = context.outputs.get("slice")
+    vm_id, handle = context.vm_id, context.outputs.get("slice")
     if handle is None:
         # ``create`` is idempotent, so its handle can be had again whatever it had got to. What cannot be made is not
         # there: a host that refuses slices must not turn each start into a stuck operation.
         try:
-            handle = await context.env.slices.create(vm.id, slice_limits(vm.spec, 0))
+            handle = await context.env.slices.create(vm_id, slice_limits(_spec(context), 0))
         except MicaError as error:
-            log.warning("no slice to remove", vm=vm.id, error=error.message)
+            log.warning("no slice to remove", vm=vm_id, error=error.message)
             return
     await context.env.slices.remove(handle)
 
@@ -146,22 +153,26 @@ async def attach_networks(context: Context) -> list[NicRuntime]:
 
 
 async def undo_networks(context: Context) -> None:
-    vm = await _vm(context)
     done = msgspec.convert(context.outputs.get("network", []), list[NicRuntime])
-    for nic in vm.spec.nics:
+    for nic in _spec(context).nics:
         known = next((n for n in done if n.name == nic.name), NicRuntime(name=nic.name))
-        await context.env.networks.detach(vm.id, known)
+        await context.env.networks.detach(context.vm_id, known)
 
 
 async def launch(context: Context) -> VmRuntime:
     vm = await _vm(context)
     image = await _image(context, vm)
+    nics = tuple(context.output("network", list[NicRuntime]))
+    if context.env.host.boot_id() != context.output("begin", str):
+        # The host went down in between, and slices and networks with it. They are taken back under the same names.
+        await make_slice(context)
+        nics = tuple(await attach_networks(context))
     direct = image.direct_boot if image and image.disk is None else None
     files = context.env.images
     plan = LaunchPlan(
         vm=vm,
         volumes=tuple(context.output("prepare", list[Volume])),
-        nics=tuple(context.output("network", list[NicRuntime])),
+        nics=nics,
         slice=context.outputs["slice"],
         read_only_paths=(files.path(image, image.disk),) if image and image.disk is not None else (),
         direct_boot=direct,
@@ -180,6 +191,8 @@ async def launch(context: Context) -> VmRuntime:
 
 async def undo_launch(context: Context) -> None:
     await take_down(context.env, context.vm_id, clean=False)
+    if await context.env.records.statuses.get(context.vm_id) is None:
+        return
     await context.env.records.statuses.update(
         context.vm_id,
         lambda s: replace(
