@@ -9,21 +9,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mica.daemon.settings import Settings
-from mica.model.errors import Code, MicaError
+from mica.model.errors import Code, MicaError, invalid
 
 LOCK_NAME = "daemon.lock"
 
 
 @contextmanager
 def owned(settings: Settings) -> Iterator[None]:
-    """Own the home while the block runs. Raises ``home-locked`` naming the daemon that does, ``forbidden``.
+    """Own the home while the block runs.
+
+    Raises ``home-locked`` naming the daemon that does, ``forbidden``, and ``invalid`` for what cannot be a home.
 
     The lock is on an open file (flock(2)): it is gone with its holder, whatever way that ended.
     """
     home = settings.home
+    if '"' in str(home) or not str(home).isprintable():
+        raise invalid(
+            f"{str(home)!r} cannot be a MICA_HOME: apt cannot be told of quotation marks and control characters",
+            hint="choose a directory with a simpler name",
+        )
     try:
         # VMs run under user ids of their own and must reach their files below it, and only theirs.
         home.mkdir(parents=True, exist_ok=True, mode=0o711)
+        _check_owner(home, settings.uid)
         descriptor = os.open(home / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except PermissionError as error:
         raise MicaError(
@@ -32,7 +40,11 @@ def owned(settings: Settings) -> Iterator[None]:
             hint="set MICA_HOME to a directory of yours, or become its owner",
         ) from error
     except OSError as error:
-        raise MicaError(Code.INVALID, f"{home} cannot be used as MICA_HOME: {error.strerror}") from error
+        raise MicaError(
+            Code.INVALID,
+            f"{home} cannot be used as MICA_HOME: {error.strerror}",
+            hint="set MICA_HOME to a directory of yours on a file system that may be written",
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,6 +62,18 @@ def owned(settings: Settings) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_owner(home: Path, uid: int) -> None:
+    """A daemon is looked for where that of the home's owner would be, so no other may run there."""
+    owner = home.stat().st_uid
+    if owner != uid:
+        raise MicaError(
+            Code.FORBIDDEN,
+            f"{home} belongs to user {owner}, and this daemon would run as user {uid}",
+            hint="start it as that user, or set MICA_HOME to a directory of yours",
+            details={"home": str(home), "owner": owner},
+        )
 
 
 def _make_directories(settings: Settings) -> None:

@@ -82,8 +82,10 @@ def _from_file(home: Path) -> dict[str, Any]:
     file = home / CONFIG_NAME
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as error:
+        raise invalid(f"{file} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise invalid(f"{file} is not TOML: {error}") from error
     unknown = values.keys() - SETTINGS.keys()
