@@ -13,7 +13,6 @@ import os
 import shutil
 import stat
 from collections.abc import Awaitable, Callable
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,15 @@ import msgspec
 import structlog
 
 from mica.host.processes import ResourceLimits, find
-from mica.model.errors import Code, MicaError, invalid
+from mica.model.errors import Code, MicaError
 from mica.model.image import Firmware
 from mica.model.units import MIB, Bytes, format_size
-from mica.model.vm import Machine, NetworkKind, VmRuntime, VmSpec
+from mica.model.vm import Machine, VmRuntime, VmSpec
 from mica.ports.clock import Clock
 from mica.ports.hypervisor import Exit, LaunchPlan
 from mica.qemu import accel
 from mica.qemu.accel import Accelerator
+from mica.qemu.checks import check_host, check_nics
 from mica.qemu.command_line import QemuHost, Sockets, build_arguments
 from mica.qemu.jail import Jail, JailKind, JailSpec, JailUsers, hand_over
 from mica.qemu.jailed import Jailed, JailedRefs, adopt, exit_code, find_left, start
@@ -137,27 +137,10 @@ class QemuHypervisor:
         return Bytes(total)
 
     async def check(self, spec: VmSpec) -> None:
-        _check_nics(spec)
+        check_nics(spec)
         if self._found is None:
             await self.look()  # it may have been installed meanwhile
-        build = self._host.build
-        if spec.cpu_model and spec.cpu_model not in {*build.cpu_models, "host", "max"}:
-            near = sorted(m for m in build.cpu_models if m.lower().startswith(spec.cpu_model[:3].lower()))
-            raise MicaError(
-                Code.INVALID,
-                f"this QEMU ({build.version}) has no CPU model {spec.cpu_model!r}",
-                hint=f"similar: {', '.join(near[:8])}" if near else f"it has {len(build.cpu_models)}, such as Nehalem",
-            )
-        if spec.cpu_model == "host" and self._host.accelerator is Accelerator.TCG:
-            raise MicaError(
-                Code.INVALID, "CPU model 'host' needs KVM, which is not proven to work here", hint="see `mica doctor`"
-            )
-        if spec.firmware is Firmware.UEFI and self._host.firmware_code is None:
-            raise MicaError(
-                Code.HOST_LACKS,
-                "this host has no UEFI firmware",
-                hint="apt-get install -y ovmf, or `mica doctor --fix`",
-            )
+        check_host(spec, self._host)
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -217,6 +200,7 @@ class QemuHypervisor:
                 await machine.close()
         except BaseException:
             jailed.process.kill()
+            await asyncio.shield(_gone(jailed))
             raise
         handle = Handle(jailed=jailed.refs, log_offset=log_offset, ram=str(ram))
         return VmRuntime(
@@ -268,21 +252,26 @@ class QemuHypervisor:
 
     async def attach(self, runtime: VmRuntime) -> QemuMachine | None:
         handle = msgspec.convert(runtime.handle, Handle)
+        vm_id = Path(handle.ram).name
+        # A monitor takes one client: whoever held it of ours lets go first.
+        await self._let_go(vm_id)
         jailed = adopt(handle.jailed)
         if jailed is None:
             return None
-        sockets = Sockets(Path(runtime.run_dir))
-        messages = self._log_dir / Path(handle.ram).name / "qemu.log"
         try:
-            monitor = await Monitor.connect(Path(handle.ram).name[:8], sockets.control, CONNECT_TIMEOUT_S)
-        except MicaError:
-            if jailed.process.alive:
+            monitor = await Monitor.connect(vm_id[:8], Sockets(Path(runtime.run_dir)).control, CONNECT_TIMEOUT_S)
+        except BaseException as error:
+            alive = jailed.process.alive
+            jailed.close()
+            if alive or not isinstance(error, MicaError):
                 raise
             return None
-        vm_id = Path(handle.ram).name
-        await self._let_go(vm_id)
         machine = self._attached[vm_id] = QemuMachine(
-            jailed, monitor, log_file=messages, log_offset=handle.log_offset, agent_port=runtime.spec.agent
+            jailed,
+            monitor,
+            log_file=self._log_dir / vm_id / "qemu.log",
+            log_offset=handle.log_offset,
+            agent_port=runtime.spec.agent,
         )
         return machine
 
@@ -361,20 +350,10 @@ class QemuHypervisor:
         return directory / "console.log", directory / "qemu.log"
 
 
-def _check_nics(spec: VmSpec) -> None:
-    """Raises ``invalid`` for a NIC that no host could attach."""
-    for nic in spec.nics:
-        if nic.network not in [kind.value for kind in NetworkKind]:
-            kinds = ", ".join(NetworkKind)
-            raise invalid(f"NIC {nic.name} asks for network {nic.network!r}", hint=f"there are: {kinds}")
-        for publish in nic.publish:
-            try:
-                ip_address(publish.host_address)
-            except ValueError as error:
-                raise invalid(
-                    f"cannot publish port {publish.guest_port} on {publish.host_address!r}, which is no IP address",
-                    hint="127.0.0.1 is this host alone, 0.0.0.0 all its addresses",
-                ) from error
+async def _gone(jailed: Jailed) -> None:
+    """Wait until a killed process and its keeper are gone, and let go of them."""
+    with jailed:
+        await jailed.wait_exit(LAUNCH_TIMEOUT_S)
 
 
 async def _greeted(name: str, jailed: Jailed, socket: Path) -> Monitor:
