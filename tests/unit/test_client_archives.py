@@ -279,3 +279,18 @@ def test_places() -> None:
     assert parse_place("plain") == Place("", "plain")
     assert parse_place("/abs/x:y") == Place("", "/abs/x:y")
     assert parse_place(":x") == Place("", ":x")
+
+
+@pytest.mark.parametrize("missing", [512, 1024])
+async def test_an_archive_that_broke_off_is_refused(tmp_path: Path, missing: int) -> None:
+    """Cut where a member ends, it reads like a whole one; only its end tells."""
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    whole = b"".join([piece async for piece in pack(tmp_path / "file", "file")])
+
+    async def cut() -> AsyncIterator[bytes]:
+        yield whole[:-missing]
+
+    with pytest.raises(MicaError) as refused:
+        await unpack(cut(), tmp_path / "copy")
+    assert refused.value.code is Code.CORRUPT
+    assert not (tmp_path / "copy").exists()

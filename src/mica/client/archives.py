@@ -24,6 +24,8 @@ from mica.model.errors import Code, MicaError, invalid, not_found
 from mica.model.units import Bytes
 
 CHUNK = 256 * 1024
+# An archive ends with two blocks of zeros (POSIX, pax); one that does not was cut off.
+_END = 2 * tarfile.BLOCKSIZE
 OnBytes = Callable[[int, int | None], None]
 
 
@@ -105,7 +107,7 @@ async def pack(source: Path, name: str, on_progress: OnBytes | None = None) -> A
         finally:
             if file is not None:
                 file.close()
-    yield bytes(2 * tarfile.BLOCKSIZE)
+    yield bytes(_END)
 
 
 class _Unpacking:
@@ -229,7 +231,7 @@ async def _feed(stream: AsyncIterator[bytes], work: _Unpacking, on_progress: OnB
     """Give the stream to the thread that unpacks, through a pipe: neither gets ahead of the other."""
     read_end, write_end = os.pipe()
     reading = asyncio.ensure_future(asyncio.to_thread(work.run, os.fdopen(read_end, "rb")))
-    done = 0
+    done, end = 0, b""
     try:
         with os.fdopen(write_end, "wb", buffering=0) as sink:
             async for piece in stream:
@@ -237,6 +239,7 @@ async def _feed(stream: AsyncIterator[bytes], work: _Unpacking, on_progress: OnB
                 while view:
                     view = view[await asyncio.to_thread(sink.write, view) :]
                 done += len(piece)
+                end = (end + piece)[-_END:]
                 if on_progress is not None:
                     on_progress(done, None)
     except BrokenPipeError:
@@ -247,6 +250,8 @@ async def _feed(stream: AsyncIterator[bytes], work: _Unpacking, on_progress: OnB
         reading.exception()
         raise
     await reading
+    if end != bytes(_END):
+        raise MicaError(Code.CORRUPT, "the archive broke off before its end", retryable=True)
 
 
 def _land(source: Path, target: Path) -> None:
