@@ -99,6 +99,10 @@ class Builder:
             write_atomically(file, msgspec.json.encode(known))
         return known[key]
 
+    async def clear_proofs(self) -> None:
+        """Remove what the last daemon left when it was killed while it proved something. Before anything is proven."""
+        await proof.clear(self._network_places)
+
     @property
     def _network_places(self) -> tuple[Path, ...]:
         """Where NICs may have their sockets: where all others are, or where AppArmor lets passt have some."""

@@ -50,6 +50,7 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
         stack.callback(share.retire)
         hypervisor = builder.hypervisor(share)
         stack.push_async_callback(hypervisor.close)
+        await builder.clear_proofs()
         await hypervisor.look()
         consoles, guests, host = Consoles(settings.log_dir), AgentGuests(), builder.host()
         stack.push_async_callback(consoles.close)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -30,6 +31,8 @@ _TARGETS: tuple[Address, ...] = tuple(
 _CONTROL_TIMEOUT_S = 2.0
 _QUIET_S = 0.1
 _POOL = addresses.choose_pool([])
+# No id of a VM begins like this.
+_PREFIX, _NIC = "proof-", "n"
 
 
 async def prove_anywhere(
@@ -102,13 +105,20 @@ async def prove(found: passt.Passt, directory: Path, owner: Callable[[], passt.O
     )
 
 
+async def clear(places: Sequence[Path]) -> None:
+    """End and remove what a proof left whose daemon was killed. Only for whoever knows that none is under way."""
+    for directory in [entry for place in places for entry in place.glob(f"{_PREFIX}*")]:
+        await passt.stop_left(directory / _NIC)
+        shutil.rmtree(directory)
+
+
 async def _attack(found: passt.Passt, directory: Path, owner: passt.Owner | None) -> tuple[list[str], bool]:
     """(targets that were reached, whether the control arrived)"""
     with ExitStack() as stack:
-        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="p", dir=directory)))
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory)))
         base.chmod(0o711)
         given = addresses.nic_addresses(_POOL, addresses.SLOTS - 1, 0)
-        link = passt.Link(directory=base / "n", addresses=given, owner=owner)
+        link = passt.Link(directory=base / _NIC, addresses=given, owner=owner)
         listeners = _Listeners(stack)
         handle = await passt.start(found, link)
         try:
