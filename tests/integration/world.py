@@ -57,6 +57,7 @@ class World:
         self.uid = os.geteuid()
         self.runtime = runtime_dir(home, self.environ, self.uid)
         self.ram = Path("/dev/shm") / f"mica-{self.runtime.name}"
+        self.sockets = Path("/tmp") / f"mica-net-{self.runtime.name}"  # where AppArmor keeps passt out of the other
         self.log = home / "daemon.log"
         self._process: subprocess.Popen[bytes] | None = None
         home.mkdir(parents=True, exist_ok=True, mode=0o711)
@@ -146,7 +147,7 @@ class World:
 
         The daemon and the commands of this test are not among them.
         """
-        marks = (str(self.home), str(self.runtime), str(self.ram))
+        marks = (str(self.home), str(self.runtime), str(self.ram), str(self.sockets))
         out = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) in (os.getpid(), self._process and self._process.pid):
@@ -185,6 +186,7 @@ class World:
         for directory in (
             self.runtime / "vm",
             self.runtime / "net",
+            self.sockets,
             self.ram,
             self.home / "volumes",
             self.home / "logs",
