@@ -165,17 +165,11 @@ class QemuHypervisor:
         argv = build_arguments(plan, self._host, sockets, ram, console)
         log_offset = messages.stat().st_size
         writable = [sockets.directory, ram, console, *(v.path for v in plan.volumes if not v.read_only)]
-        readable = [*(b for v in plan.volumes for b in v.backing), *(v.path for v in plan.volumes if v.read_only)]
-        readable += [p for p in (plan.kernel, plan.initrd) if p is not None]
-        # The directory and not the socket itself, so that a network process that was replaced is seen.
-        readable += [Path(n.handle["socket"]).parent for n in plan.nics if "socket" in n.handle]
-        if vm.spec.firmware is Firmware.UEFI and self._host.firmware_code is not None:
-            readable.append(self._host.firmware_code)
         lengths = [file.stat().st_size + self._file_limit for file in (console, messages)]
         largest = max([*lengths, *(Bytes(int(v.size * 1.1) + 64 * MIB) for v in plan.volumes)])
         spec = JailSpec(
             writable=tuple(writable),
-            readable=tuple(dict.fromkeys(p for p in readable if not p.is_relative_to("/usr"))),
+            readable=self._readable(plan),
             devices=(Path("/dev/kvm"),) if self._host.accelerator is Accelerator.KVM else (),
             user=user,
             # Root may raise a limit later, another user only below the hard one.
@@ -215,6 +209,16 @@ class QemuHypervisor:
             handle=msgspec.to_builtins(handle),
             reduced=(*self.reduced(), *(text for n in plan.nics for text in n.reduced)),
         )
+
+    def _readable(self, plan: LaunchPlan) -> tuple[Path, ...]:
+        """What the machine's process may read and not write, beyond the system's programs."""
+        paths = [*(b for v in plan.volumes for b in v.backing), *(v.path for v in plan.volumes if v.read_only)]
+        paths += [p for p in (plan.kernel, plan.initrd) if p is not None]
+        # The directory and not the socket itself, so that a network process that was replaced is seen.
+        paths += [Path(n.handle["socket"]).parent for n in plan.nics if "socket" in n.handle]
+        if plan.vm.spec.firmware is Firmware.UEFI and self._host.firmware_code is not None:
+            paths.append(self._host.firmware_code)
+        return tuple(dict.fromkeys(p for p in paths if not p.is_relative_to("/usr")))
 
     async def _join_networks(self, plan: LaunchPlan) -> None:
         """What works for the VM's NICs counts as the VM's."""
