@@ -508,7 +508,7 @@ async def test_the_relay_holds_back_when_one_side_does_not_read(short: Path) -> 
         while data := await reader.read(1 << 16):
             received += len(data)
             if received == wanted:
-                writer.write(b"done")
+                writer.write(b"\0\0\0\x04done")
                 await writer.drain()
         writer.close()
 
@@ -529,7 +529,7 @@ async def test_the_relay_holds_back_when_one_side_does_not_read(short: Path) -> 
                     stuck = writer.transport.get_write_buffer_size()
                     assert stuck > wanted - (4 << 20)
                     go.set()
-                    assert await reader.readexactly(4) == b"done"
+                    assert await reader.readexactly(8) == b"\0\0\0\x04done"
                     writer.close()
             finally:
                 process.kill()
