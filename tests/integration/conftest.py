@@ -107,7 +107,9 @@ def session_vm(session_world: World) -> str:
 
     async def start() -> str:
         async with session_world.client() as client:
-            made = await client.run("micro", name="shared", memory=MEMORY, publish=["0:8080"], agent_timeout_s=90)
+            made = await client.run(
+                "micro", name="shared", memory=MEMORY, publish=["0:8080", "0:2525"], agent_timeout_s=90
+            )
             return made.name
 
     return asyncio.run(start())

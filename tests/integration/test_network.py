@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 import pytest
@@ -28,7 +29,7 @@ async def hears(guest: Shell, host: str, port: int) -> bool:
 
 async def test_published_outbound_and_nothing_else(shared_vm: VmHandle) -> None:
     nic = shared_vm.view.nics[0]
-    (published,) = nic.publish
+    published = nic.publish[0]
     assert published.host_port > 0
     async with shell(shared_vm) as guest:
         await serve(guest, 8080, "from the guest")
@@ -46,6 +47,23 @@ async def test_published_outbound_and_nothing_else(shared_vm: VmHandle) -> None:
     if own is not None:  # published on the loopback only
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection(str(own), published.host_port)
+
+
+async def test_a_server_that_speaks_first_is_heard(shared_vm: VmHandle) -> None:
+    """As mail servers and databases do: the client waits for the first word."""
+    port = shared_vm.view.nics[0].publish[1].host_port
+    async with shell(shared_vm) as guest:
+        await online(guest)
+        await guest.run("echo welcome > /tmp/welcome")
+        await guest.run("nc -ll -p 2525 -e cat /tmp/welcome > /dev/null 2>&1 < /dev/null & true")
+        await guest.run("until netstat -tln | grep -q :2525; do usleep 50000; done")
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            async with asyncio.timeout(15):
+                assert await reader.readline() == b"welcome\n"
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
 
 async def test_addresses_differ_and_guests_are_apart(shared_vm: VmHandle, booted: VmHandle) -> None:
