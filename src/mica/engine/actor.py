@@ -358,4 +358,7 @@ class VmActor(Actor):
 
 def requests(operations: tuple[Operation, ...]) -> list[Pending]:
     """What an inbox holds, as the policy sees it."""
-    return [pending(VmVerb(o.verb), paused=bool(o.params.get("paused"))) for o in operations]
+    return [
+        pending(VmVerb(o.verb), paused=bool(o.params.get("paused")), start=bool(o.params.get("start")))
+        for o in operations
+    ]

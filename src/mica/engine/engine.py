@@ -89,10 +89,10 @@ class Engine:
         rows = (await records.operations.scan()).values()
         for row in rows:
             if row.value.state is OperationState.STUCK:
-                self._actor(row.value.target).stuck = row.value
+                self._actor(_home(row.value)).stuck = row.value
         unfinished = [o for o in rows if _active(o.value)]
         for row in sorted(unfinished, key=_order):
-            self._actor(row.value.target).enqueue(row.value)
+            self._actor(_home(row.value)).enqueue(row.value)
         for vm_id, status in (await records.statuses.scan()).items():
             if status.value.observed.state in LIVE | HALFWAY:
                 self._actor(f"vm/{vm_id}")
@@ -207,7 +207,7 @@ class Engine:
                 except Conflict:
                     continue
                 if not operation.state.ended:
-                    self._actor(operation.target, start=True).enqueue(operation)
+                    self._actor(_home(operation), start=True).enqueue(operation)
                 return operation
         raise contended(definition.noun, target)
 
@@ -274,7 +274,6 @@ class Engine:
                     hint="`mica doctor` shows what does not answer",
                     retryable=True,
                 ) from error
-        self._check_queue(definition, f"{definition.noun}/{proposal.target_id}", actor)
         now = env.clock.now()
         operation = Operation(
             id=str(self._new_id()),
@@ -285,6 +284,7 @@ class Engine:
             by=by,
             created_at=now,
         )
+        self._check_queue(definition, operation)
         if answer is Answer.IGNORE:
             operation = replace(
                 operation, state=OperationState.SUCCEEDED, started_at=now, ended_at=now, result={"already": True}
@@ -295,17 +295,15 @@ class Engine:
         await env.records.commit(draft)
         return operation
 
-    def _check_queue(self, definition: Definition, target: str, actor: Actor) -> None:
-        """Nothing queues without bound. VMs have asked their inbox; for what has none, and for builds, this is it."""
+    def _check_queue(self, definition: Definition, operation: Operation) -> None:
+        """Nothing queues without bound. VMs have asked their inbox; for images, builds together count as one queue."""
         if definition.noun == "vm":
             return
-        blocked = self._others.get(target, actor).blocked()
-        if blocked is not None:
+        home = self._others.get(_home(operation))
+        if home is not None and (blocked := home.blocked()) is not None:
             raise blocked
-        if definition.creates:
-            waiting = sum(len(a.waiting) for a in self._others.values())
-        else:
-            waiting = len(self._others[target].waiting) if target in self._others else 0
+        queues = list(self._others.values()) if definition.creates else [home] if home else []
+        waiting = sum(len(queue.waiting) for queue in queues)
         if waiting >= self.env.policy.inbox_capacity:
             raise MicaError(
                 Code.BUSY,
@@ -325,7 +323,7 @@ class Engine:
         written = await self.env.records.operations.update(
             operation_id, lambda o: o if o.state.ended else replace(o, cancel_requested=True)
         )
-        self._actor(found.target, start=True).cancel(operation_id)
+        self._actor(_home(found), start=True).cancel(operation_id)
         return written.value
 
     async def resolve(self, operation_id: str, how: str, *, by: By) -> Operation:
@@ -344,7 +342,7 @@ class Engine:
             return replace(operation, state=OperationState.UNWINDING, journal=kept)
 
         operation = (await self.env.records.operations.update(operation_id, change)).value
-        actor = self._actor(operation.target, start=True)
+        actor = self._actor(_home(operation), start=True)
         actor.stuck = None
         if how == "retry":
             actor.enqueue(operation)
@@ -364,6 +362,11 @@ class Engine:
 
 def _active(operation: Operation) -> bool:
     return not operation.state.ended and operation.state is not OperationState.STUCK
+
+
+def _home(operation: Operation) -> str:
+    """Whose queue an operation is in. Images have one for each name: what makes, checks and deletes must not cross."""
+    return operation.target if operation.target.startswith("vm/") else f"image/{operation.target_name}"
 
 
 def _order(row: Versioned[Operation]) -> tuple[bool, float, int]:

@@ -18,9 +18,13 @@ class Pending(msgspec.Struct, frozen=True):
     leads_to: VmState | None
 
 
-def pending(verb: VmVerb, *, paused: bool = False) -> Pending:
-    """``paused``: a start that leaves the vCPUs held."""
-    return Pending(verb, VmState.PAUSED if verb is VmVerb.START and paused else RULES[verb].leads_to)
+def pending(verb: VmVerb, *, paused: bool = False, start: bool = False) -> Pending:
+    """``paused``: a start that leaves the vCPUs held; ``start``: a creation that goes on to a running VM."""
+    if verb is VmVerb.START and paused:
+        return Pending(verb, VmState.PAUSED)
+    if verb is VmVerb.CREATE and start:
+        return Pending(verb, VmState.RUNNING)
+    return Pending(verb, RULES[verb].leads_to)
 
 
 class Decision(msgspec.Struct, frozen=True):

@@ -13,6 +13,8 @@ life and nothing more; the next one finds world and store as they were at that m
 from __future__ import annotations
 
 import asyncio
+import itertools
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -129,6 +131,11 @@ class Rig:
         self.records = Records(self.store)
         self.policy = policy
         self.crashes = 0
+        self._ids = itertools.count()
+
+    def _new_id(self) -> uuid.UUID:
+        """The same ids in the same order in each run, so that what a test has found it finds again."""
+        return uuid.uuid5(uuid.NAMESPACE_OID, str(next(self._ids)))
 
     async def __aenter__(self) -> Rig:
         return self
@@ -143,7 +150,7 @@ class Rig:
     ) -> AsyncIterator[Life]:
         """An engine until the block ends or a :class:`Crash` ends it, which is counted in ``crashes`` and no error."""
         store = CountingStore(self.store, faults)
-        engine = Engine(simulated_ports(self.world, Records(store), self.policy), definitions)
+        engine = Engine(simulated_ports(self.world, Records(store), self.policy), definitions, self._new_id)
         try:
             async with engine.running():
                 yield Life(self, store, engine)

@@ -89,6 +89,13 @@ async def plan_restore(proposal: Proposal) -> None:
     assert proposal.vm is not None
     assert isinstance(proposal.params, VmRestore)
     env, vm = proposal.env, proposal.vm.value
+    if vm.deleted_at is None:
+        raise MicaError(
+            Code.STATE_CONFLICT,
+            f"VM {vm.name} is not in the trash yet",
+            hint="restore it once its deletion has ended, or cancel that",
+            retryable=True,
+        )
     name = check_name(proposal.params.name, "VM name") if proposal.params.name else vm.name
     proposal.stored_params = {"old_name": vm.name, "deleted_at": vm.deleted_at, "expires_at": vm.expires_at}
     proposal.target_name = name
