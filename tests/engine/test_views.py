@@ -9,9 +9,10 @@ import pytest
 
 from mica.engine.definition import NoParams
 from mica.model.errors import Code, MicaError
+from mica.model.image import DebianRecipe
 from mica.model.operation import Operation, OperationState
 from mica.model.units import MIB
-from mica.model.views import Event, VmCreate, VmDelete, VmSet, VmStop, VmView
+from mica.model.views import Event, ImageMake, VmCreate, VmDelete, VmSet, VmStop, VmView
 from mica.model.vm import VmState
 from mica.testing.harness import Life, Rig
 from tests.engine.worlds import create, do, living
@@ -90,6 +91,19 @@ async def test_waiting_for_an_operation_returns_at_its_end_and_not_before() -> N
         life.rig.world.build_s = 1000.0
         again = await life.submit("vm.create", "", VmCreate(name="b", image="micro"))
         assert (await life.engine.views.wait_operation(again.id, 0.0)).id == again.id
+
+
+async def test_progress_is_seen_while_it_is_made() -> None:
+    async with living() as life:
+        life.rig.world.build_s = 40.0
+        operation = await life.submit("image.make", "", ImageMake(DebianRecipe()))
+        seen = []
+        for _ in range(4):
+            await life.advance(10.0)
+            shown = await life.engine.views.operation(operation.id)
+            seen.append((shown.progress, shown.step))
+        assert seen[:3] == [(n / 4, "building debian") for n in (1, 2, 3)]
+        assert seen[3] == (1.0, "")
 
 
 async def test_images_name_their_users_in_the_trash_too() -> None:

@@ -269,8 +269,12 @@ class Runner:
 
     def _report(self, fraction: float | None, text: str) -> None:
         self._progress = (fraction, text)
-        now = self._env.clock.monotonic()
-        if self._progress_task is None and now - self._progress_at >= PROGRESS_PERIOD_S:
+        now, task = self._env.clock.monotonic(), self._progress_task
+        if task is not None:
+            if not task.done():
+                return
+            self._note_progress(task)
+        if now - self._progress_at >= PROGRESS_PERIOD_S:
             self._progress_at = now
             self._progress_task = asyncio.get_running_loop().create_task(self._write_progress())
 
@@ -283,11 +287,20 @@ class Runner:
         ).value
 
     async def _settle_progress(self) -> None:
-        if self._progress_task is not None:
-            task, self._progress_task = self._progress_task, None
+        task = self._progress_task
+        if task is None:
+            return
+        try:
             await asyncio.wait({task})
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.warning("progress was not written", operation=self._operation.id, error=str(error))
+        finally:
+            # Interrupted here, the run is over: its last act is to wait for this task once more.
+            task.cancel()
+        self._note_progress(task)
+
+    def _note_progress(self, task: asyncio.Task[None]) -> None:
+        self._progress_task = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("progress was not written", operation=self._operation.id, error=str(error))
 
 
 def _too_slow(step: Step) -> MicaError:
