@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 
@@ -65,8 +67,6 @@ async def test_a_guest_whose_agent_lies_is_asked_by_the_button() -> None:
     async with living() as life:
         await create(life, "a", start=True)
         await life.advance(3.0)
-        life.rig.world.faults.fail("guests.shutdown", MicaError(Code.AGENT_FAILED, "no"))
-        life.rig.world.faults.clear()
         life.rig.world.faults.fail("guests.shutdown", MicaError(Code.AGENT_FAILED, "no"))
         assert (await do(life, "vm.stop", "a", VmStop())).result["how"] == "guest"
         assert "machine.power_button" in life.rig.world.faults.log
@@ -380,4 +380,20 @@ async def test_the_host_goes_down_under_everything() -> None:
                 "c": VmState.RUNNING,
                 "d": VmState.RUNNING,
             }
+        assert await rig.lies() == []
+
+
+@pytest.mark.parametrize("turns", range(0, 120, 4))
+async def test_a_daemon_can_end_at_any_moment_of_a_start(turns: int) -> None:
+    async with Rig() as rig:
+        rig.world.add_image()
+        async with rig.life() as life:
+            await life.advance(1.0)
+            await create(life, "a")
+            async with asyncio.timeout(10.0):
+                start = await life.submit("vm.start", "a", VmStart())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+        async with asyncio.timeout(10.0), rig.life() as life:
+            assert (await life.finish(start.id)).state is OperationState.SUCCEEDED
         assert await rig.lies() == []

@@ -33,6 +33,11 @@ async def boot(client: Client, name: str, **more: Any) -> VmHandle:
     return await client.run("micro", name=name, memory="128M", agent_timeout_s=90, **more)
 
 
+async def started(client: Client, name: str) -> VmHandle:
+    """Running, its guest just begun to boot."""
+    return await (await create(client, name)).start()
+
+
 def dead(process: ProcessRef | None) -> bool:
     assert process is not None
     found = find(process)
@@ -106,7 +111,7 @@ async def test_what_happened_while_nobody_watched(world: World) -> None:
     """One guest powers off, one QEMU is killed, one is killed together with who would note it, one just goes on."""
     async with world.client() as client:
         off, killed, lost, fine = await asyncio.gather(
-            *(boot(client, name) for name in ("off", "killed", "lost", "fine"))
+            boot(client, "off"), *(started(client, name) for name in ("killed", "lost", "fine"))
         )
         async with shell(off) as guest:
             # Told and heard: the daemon that carries the words is about to die.
@@ -150,11 +155,11 @@ async def test_what_happened_while_nobody_watched(world: World) -> None:
     assert world.leftovers() == []
 
 
-async def test_a_qemu_that_dies_is_told_at_once(booted: VmHandle, shared_client: Client) -> None:
-    assert booted.view.process is not None
-    os.kill(booted.view.process.pid, signal.SIGKILL)
+async def test_a_qemu_that_dies_is_told_at_once(running: VmHandle, shared_client: Client) -> None:
+    assert running.view.process is not None
+    os.kill(running.view.process.pid, signal.SIGKILL)
     view = await shared_client.vms.wait_until(
-        booted.id, lambda v: v.observed.state is not VmState.RUNNING, timeout_s=15, what="the crash"
+        running.id, lambda v: v.observed.state is not VmState.RUNNING, timeout_s=15, what="the crash"
     )
     assert view.observed.state is VmState.CRASHED
     assert view.observed.reason == "its QEMU process ended unexpectedly"
@@ -177,7 +182,7 @@ def edit_status(world: World, vm_id: str, change: Any) -> None:
 async def test_a_pid_that_belongs_to_another_process_now(world: World) -> None:
     """Neither adopted nor killed, by whatever record names it."""
     async with world.client() as client:
-        vm = await boot(client, "ghost")
+        vm = await started(client, "ghost")
     world.kill()
     old = vm.view.process
     assert old is not None
@@ -237,7 +242,7 @@ async def test_an_operation_that_was_under_way_ends(world: World) -> None:
         vm = await boot(client, "slow")
         async with shell(vm) as guest:
             await guest.run("kill -STOP $(pidof qemu-ga) $(pidof acpid); echo")
-        operation = await client.vms.stop(vm.id, timeout_s=5, wait=False)
+        operation = await client.vms.stop(vm.id, timeout_s=3, wait=False)
         await client.vms.wait_until(
             vm.id, lambda v: v.observed.state is VmState.STOPPING, timeout_s=10, what="stopping"
         )
@@ -251,7 +256,7 @@ async def test_an_operation_that_was_under_way_ends(world: World) -> None:
 
 async def test_a_daemon_that_is_asked_to_end_leaves_the_vms_alone(world: World) -> None:
     async with world.client() as client:
-        vm = await boot(client, "alone")
+        vm = await started(client, "alone")
         process = vm.view.process
     world.kill(signal.SIGTERM)
     assert world.qemus() == [process.pid if process else 0]

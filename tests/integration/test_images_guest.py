@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -36,7 +37,10 @@ class Guest:
         self.process, self._qmp, self._agent = process, qmp, agent
 
     async def ready(self) -> None:
-        """Wait until the agent has opened its port, then synchronise (QEMU, qga/qapi-schema.json)."""
+        """Wait until the port is opened, then synchronise with the agent (QEMU, qga/qapi-schema.json).
+
+        Firmware may open the port too (OVMF of 2025 does) and swallow the question, so it is asked again and again.
+        """
         async with asyncio.timeout(BOOT_S):
             await self._qmp.read()
             await self._qmp.write({"execute": "qmp_capabilities"})
@@ -44,9 +48,14 @@ class Guest:
                 event = await self._qmp.read()
                 if event.get("event") == "VSERPORT_CHANGE" and event["data"]["open"]:
                     break
-            await self._agent.write({"execute": "guest-sync-delimited", "arguments": {"id": 1}}, prefix=b"\xff")
-            while (await self._agent.read()).get("return") != 1:
-                pass
+            for number in itertools.count(1):
+                sync = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
+                await self._agent.write(sync, prefix=b"\xff")
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(2):
+                        while (await self._agent.read()).get("return") != number:
+                            pass
+                        return
 
     async def ask(self, command: str, **arguments: Any) -> Any:
         async with asyncio.timeout(60):

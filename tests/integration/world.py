@@ -180,6 +180,16 @@ class World:
                 out[group.name] = None if first == "max" else int(first) / int(period)
         return out
 
+    def cpu_seconds(self, vm_id: str) -> float:
+        """Processor time that a VM's control group has used."""
+        for group in self.groups():
+            if group.name == vm_id and (group / "cpuacct.usage").exists():
+                return int((group / "cpuacct.usage").read_text()) / 1e9
+            if group.name == vm_id and (group / "cpu.stat").exists() and not (group / "cpu.cfs_quota_us").exists():
+                stat = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+                return int(stat["usage_usec"]) / 1e6
+        raise AssertionError(f"no control group counts the processor time of {vm_id}")
+
     def leftovers(self) -> list[str]:
         """What a home without VMs should not have: processes, run directories, RAM files, volumes, logs, groups."""
         out = [f"process {pid}: {words[:200]}" for pid, words in self.processes().items()]

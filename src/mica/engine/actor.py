@@ -211,10 +211,11 @@ class VmActor(Actor):
             self._listener = None
 
     async def stop(self) -> None:
+        # In this order: an operation that is still under way may attach a machine, and so begin to listen.
+        await super().stop()
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait({self._listener})
-        await super().stop()
 
     def look(self) -> None:
         """Something may have changed: look at the machine when no operation has it."""
