@@ -313,24 +313,32 @@ async def test_a_start_has_a_deadline(cell: Cell) -> None:
 
 
 @needs_bwrap
-async def test_a_starter_killed_in_the_middle_leaves_it_held_and_findable(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["spawned", "told"])
+async def test_a_starter_killed_in_the_middle_leaves_it_held_and_findable(tmp_path: Path, when: str) -> None:
     home, script = tmp_path / "home", tmp_path / "starter.py"
     home.mkdir()
     script.write_text(
         "import asyncio, os\nfrom pathlib import Path\n"
-        "from mica.qemu.jail import JailSpec, JailUsers, detect\nfrom mica.qemu.jailed import start\n"
+        "from mica.qemu import jailed\nfrom mica.qemu.jail import JailSpec, JailUsers, detect\n"
         f"base = Path({str(tmp_path)!r})\n"
         "async def before(pid): os.kill(os.getpid(), 9)\n"
+        "def told(_, keeper, *__):\n"
+        "    os.kill(keeper.pid, 19); print(keeper.pid, flush=True); os.kill(os.getpid(), 9)\n"
+        f"if {when == 'spawned'}: jailed._told = told\n"
         "async def main():\n"
         f"    jail = await detect(root={as_root})\n"
         f"    spec = JailSpec(writable=(base / 'home',), user=JailUsers().vm(7) if {as_root} else None)\n"
         "    files = {'status_file': base / 'status', 'output': base / 'output'}\n"
-        "    await start(jail, ['/usr/bin/touch', '/tmp/x'], spec, **files, before=before)\n"
+        "    await jailed.start(jail, ['/usr/bin/touch', '/tmp/x'], spec, **files, before=before)\n"
         "asyncio.run(main())\n"
     )
-    assert subprocess.run([sys.executable, str(script)], timeout=30, check=False).returncode == -signal.SIGKILL
-    left = find_left(tmp_path / "status", marker=str(home))
-    assert left is not None
+    starter = subprocess.run([sys.executable, str(script)], timeout=30, check=False, stdout=subprocess.PIPE)
+    assert starter.returncode == -signal.SIGKILL
+    if when == "spawned":  # bubblewrap goes on without its starter until it waits to be let go
+        os.kill(int(starter.stdout), signal.SIGCONT)
+    async with asyncio.timeout(10):
+        while (left := find_left(tmp_path / "status", marker=str(home))) is None:
+            await asyncio.sleep(0.01)
     with left:
         assert Path(os.readlink(f"/proc/{left.process.pid}/exe")).name == "bwrap"  # it never came to run
         left.process.kill()

@@ -222,13 +222,18 @@ def _descriptors(status_file: Path) -> Iterator[tuple[int, IO[bytes], int, JailF
             return descriptor
 
         status = held(os.open(status_file, flags, 0o600))
+
+        # Opened anew for both directions (pipe(7)): the child itself keeps its pipe from ending when we die. Else the
+        # keeper would fail to tell a dead daemon the pid, and end before it has written that into the status file.
+        def both_ways(pipe: int) -> int:
+            return os.open(f"/proc/self/fd/{pipe}", os.O_RDWR | os.O_CLOEXEC)
+
         info_read, info_write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(held(info_read), False)
-        told = stack.enter_context(os.fdopen(info_write, "wb", buffering=0))
+        os.close(info_write)
+        told = stack.enter_context(os.fdopen(both_ways(info_read), "r+b", buffering=0))
         hold_read, hold_write = map(held, os.pipe2(os.O_CLOEXEC))
-        # Opened anew for both directions (pipe(7)): the child itself keeps its pipe from ending when we die.
-        block = held(os.open(f"/proc/self/fd/{hold_read}", os.O_RDWR | os.O_CLOEXEC))
-        yield info_read, told, hold_write, JailFds(info=info_write, block=block, status=status)
+        yield info_read, told, hold_write, JailFds(info=told.fileno(), block=held(both_ways(hold_read)), status=status)
 
 
 async def _readable(descriptor: int) -> None:
