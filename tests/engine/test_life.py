@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import msgspec
 import pytest
 
 from mica.engine.definition import NoParams, Policy
+from mica.engine.operations.stopping import REPEAT_S
 from mica.model.errors import Code, MicaError
 from mica.model.operation import OperationState
 from mica.model.units import GIB, MIB, Bytes
@@ -50,9 +52,34 @@ async def test_a_stop_asks_waits_forces_and_says_which(
         assert operation.result["after_s"] == pytest.approx(seconds)
         vm = await life.engine.views.vm("a")
         assert (vm.observed.state, vm.observed.reason, vm.intent) == (VmState.STOPPED, reason, Power.STOPPED)
-        assert asked.asked == (0 if seconds == 0 else 1)
+        # A guest cannot be seen to have heard, so it is asked again for as long as it has time.
+        assert asked.asked == math.ceil(seconds / REPEAT_S)
         # Only disks that QEMU closed in order need no check before the next start.
         assert (vm.id in life.rig.world.unclean) is (how == "forced")
+
+
+async def test_a_guest_that_still_boots_is_asked_again() -> None:
+    async with living() as life:
+        life.rig.world.behave("a", Behaviour(agent_after_s=None, hears_after_s=3.0, obeys_after_s=1.0))
+        await create(life, "a", start=True, stop_timeout_s=30.0, disks=(DISK,))
+        asked = life.rig.world.process("a")
+        operation = await do(life, "vm.stop", "a", VmStop())
+        assert (operation.result["how"], asked.asked) == ("guest", 2)
+        assert operation.result["after_s"] == pytest.approx(REPEAT_S + 1.0)
+        assert life.rig.world.unclean == set()
+
+
+async def test_a_guest_that_powers_off_while_it_is_asked_again_has_shut_down() -> None:
+    async with living() as life:
+        life.rig.world.behave("a", Behaviour(agent_after_s=None, obeys_after_s=REPEAT_S + 1.0))
+        await create(life, "a", start=True, stop_timeout_s=30.0)
+        asked = life.rig.world.process("a")
+        life.rig.world.faults.fail("machine.power_button", MicaError(Code.QEMU_FAILED, "it has closed"), call=2)
+        operation = await life.submit("vm.stop", "a", VmStop())
+        await life.advance(REPEAT_S + 0.5)
+        asked.power_off()
+        ended = await life.finish(operation.id)
+        assert (ended.result["how"], asked.asked) == ("guest", 1)
 
 
 async def test_a_paused_guest_runs_again_for_its_shutdown() -> None:

@@ -27,12 +27,14 @@ _EVENTS_KEPT = 256
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     """How a guest behaves. Times are seconds of the clock from the first moment its vCPUs run; ``None`` is never.
 
-    ``agent_after_s``: it opens the agent's port. ``obeys_after_s``: it has powered off, counted from being asked.
+    ``agent_after_s``: it opens the agent's port. ``hears_after_s``: it has booted so far that a request to power off is
+    not lost. ``obeys_after_s``: it has powered off, counted from the first request that it heard.
     ``power_off_after_s``: it powers off by itself. ``killed_after_s``: its QEMU is killed. ``cpu`` is its use of
     processors, ``touched`` the share of its RAM that it has written to.
     """
 
     agent_after_s: float | None = 1.0
+    hears_after_s: float | None = 0.0
     obeys_after_s: float | None = 2.0
     power_off_after_s: float | None = None
     killed_after_s: float | None = None
@@ -58,6 +60,8 @@ class SimulatedProcess:
         self.gone = asyncio.Event()
         self._runs = asyncio.Event()
         self._booted = False
+        self._hears = behaviour.hears_after_s == 0
+        self._obeys = False
         self._listeners: list[Feed] = []
 
     @property
@@ -82,6 +86,7 @@ class SimulatedProcess:
         if not self._booted:
             self._booted = True
             self._later(self.behaviour.agent_after_s, self.open_agent)
+            self._later(None if self._hears else self.behaviour.hears_after_s, self._hear)
             self._later(self.behaviour.power_off_after_s, self.power_off)
             self._later(self.behaviour.killed_after_s, self.kill)
 
@@ -92,10 +97,14 @@ class SimulatedProcess:
         self.tell(kind, reason)
 
     def ask(self) -> None:
-        """The power button, or the agent's shutdown: a guest that does not run does not hear it."""
+        """The power button, or the agent's shutdown: a guest that does not run, or that boots, does not hear it."""
         self.asked += 1
-        if self.run is RunState.RUNNING:
+        if self.run is RunState.RUNNING and self._hears and not self._obeys:
+            self._obeys = True
             self._later(self.behaviour.obeys_after_s, self.power_off)
+
+    def _hear(self) -> None:
+        self._hears = True
 
     def open_agent(self) -> None:
         if self.agent is AgentState.WAITING:

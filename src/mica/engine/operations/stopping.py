@@ -19,6 +19,8 @@ log = structlog.get_logger()
 MARGIN_S = 60.0
 # How long to wait before a guest that could not be asked is asked again. Seconds.
 ASK_AGAIN_S = 2.0
+# How long a guest that was asked may take before it is asked again. Seconds.
+REPEAT_S = 5.0
 
 
 class How(msgspec.Struct, frozen=True):
@@ -74,23 +76,43 @@ async def _ask(context: Context, machine: Machine) -> str:
 
 
 async def _persuade(context: Context, timeout_s: float) -> Exit | None:
-    """Ask until somebody hears, and wait for the end. ``None``: it had ended. Raises :class:`TimeoutError`."""
+    """Ask until somebody hears, and wait for the end. ``None``: it had ended. Raises :class:`TimeoutError`.
+
+    A guest that still boots loses what it is asked, and nothing tells whether it heard: so it is asked again.
+    """
     env, vm_id = context.env, context.vm_id
     until = f"forcing after {format_duration(timeout_s)}"
+    asked = 0
     async with within(env.clock, timeout_s):
         while True:
             try:
                 machine = await env.machines.attach(vm_id)
                 if machine is None:
-                    return None
+                    return await _autopsy(context) if asked else None
                 how = await _ask(context, machine)
-                context.report(None, f"asked the guest by {how}; {until}")
-                return await machine.ended()
+                asked += 1
+                times = "" if asked == 1 else f", {asked} times by now"
+                context.report(None, f"asked the guest by {how}{times}; {until}")
+                gone = await _ended(context, machine, REPEAT_S)
+                if gone is not None:
+                    return gone
             except MicaError as error:
                 if await env.machines.ended(vm_id):
-                    return None
+                    return await _autopsy(context) if asked else None
                 context.report(None, f"the guest cannot be asked ({error.message}); {until}")
                 await env.clock.sleep(ASK_AGAIN_S)
+
+
+async def _ended(context: Context, machine: Machine, wait_s: float) -> Exit | None:
+    """How the machine ended; ``None`` if it did not within ``wait_s`` seconds."""
+    deadline = None
+    try:
+        async with within(context.env.clock, wait_s) as deadline:
+            return await machine.ended()
+    except TimeoutError:
+        if deadline is None or not deadline.expired():
+            raise
+        return None
 
 
 async def _force(context: Context) -> None:
@@ -146,9 +168,14 @@ async def _gone(context: Context) -> bool:
 
 
 async def _already(context: Context) -> How:
+    gone = await _autopsy(context)
+    return How("already", clean=gone is not None and gone.clean)
+
+
+async def _autopsy(context: Context) -> Exit | None:
     status = await context.env.records.statuses.get(context.vm_id)
     runtime = status.value.runtime if status else None
-    return How("already", clean=runtime is not None and (await context.env.hypervisor.autopsy(runtime)).clean)
+    return None if runtime is None else await context.env.hypervisor.autopsy(runtime)
 
 
 async def undo_halt(context: Context) -> None:
