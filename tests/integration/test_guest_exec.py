@@ -126,4 +126,8 @@ async def test_output_is_whole_though_daemons_are_killed(world: World) -> None:
         assert len(out) == 2 * size
         assert out[:size] == out[size:]
         assert hashlib.sha256(out[:size]).hexdigest() == err.split()[0].decode()
+        # Each daemon had a shell wait there for commands: those of the dead ones were ended, the command's own was not.
+        async with asyncio.timeout(60):
+            while len(str(await vm.exec("sh", "-c", "ls -d /run/mica-*")).split()) > 2:
+                await asyncio.sleep(0.2)
         await vm.remove()

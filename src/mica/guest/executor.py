@@ -26,7 +26,8 @@ class GuestExecutor:
     """Commands in the guest behind ``agent``. ``close`` it when the VM or the daemon ends.
 
     ``directories`` are where Mica may keep files in the guest (its own directory there is mode 0700), ``window`` how
-    many segments of 1 MiB a stream may have unread there, ``max_output`` what is kept of one exec on the host.
+    many segments of 1 MiB a stream may have unread there, ``max_output`` what is kept of one exec on the host unless
+    its start says otherwise.
     """
 
     def __init__(
@@ -47,8 +48,19 @@ class GuestExecutor:
         """Make the first command as quick as the others; worth doing when the agent has become ready."""
         await self.runners.prepare()
 
+    def restarted(self) -> None:
+        """Another agent answers now: what waited for commands cannot be reached any more."""
+        self.runners.forget()
+
     async def start(
-        self, spec: ExecSpec, *, exec_id: str, vm_id: str, spool_dir: Path, on_change: OnChange
+        self,
+        spec: ExecSpec,
+        *,
+        exec_id: str,
+        vm_id: str,
+        spool_dir: Path,
+        on_change: OnChange,
+        max_output: Bytes | None = None,
     ) -> GuestExec | PlainExec:
         """Prepare a command; it starts when what is returned is ``run``, at once. ``spool_dir`` is the exec's own.
 
@@ -63,7 +75,7 @@ class GuestExecutor:
             if not _no_shell(refusal):
                 raise
             return await self._plain(record, spool_dir, on_change, refusal)
-        spool = Spool(spool_dir, limit=self._max_output)
+        spool = Spool(spool_dir, limit=max_output or self._max_output)
         execution = GuestExec(self.runners, runner, record, spool, on_change, patience=self._patience, resumed=False)
         try:
             await on_change(execution.record)

@@ -32,6 +32,8 @@ class AgentGuests:
         self._agents: dict[str, GuestAgent] = {}
         self._on_forget: list[Callable[[str], Awaitable[None]]] = []
         self._on_erase: list[Callable[[str], Awaitable[None]]] = []
+        self._on_open: list[Callable[[str, VmRuntime], None]] = []
+        self._open: dict[str, VmRuntime] = {}
 
     def on_forget(self, call: Callable[[str], Awaitable[None]]) -> None:
         """Await ``call`` with a VM's id when its process has ended, before its agent's connection is closed."""
@@ -40,6 +42,14 @@ class AgentGuests:
     def on_erase(self, call: Callable[[str], Awaitable[None]]) -> None:
         """Await ``call`` with a VM's id when it is deleted for good."""
         self._on_erase.append(call)
+
+    def on_open(self, call: Callable[[str, VmRuntime], None]) -> None:
+        """Call ``call`` whenever a guest opens its agent's port: an agent has started there."""
+        self._on_open.append(call)
+
+    def open_ports(self) -> dict[str, VmRuntime]:
+        """The VMs whose agents are there, as far as is known."""
+        return dict(self._open)
 
     def agent(self, vm_id: str, name: str, runtime: VmRuntime) -> GuestAgent:
         """The agent of a running VM; ``name`` is what messages call it."""
@@ -64,7 +74,11 @@ class AgentGuests:
         agent = self.agent(vm_id, f"VM {vm_id[:8]}", runtime)
         if opened:
             agent.port_opened()
+            self._open[vm_id] = runtime
+            for call in self._on_open:
+                call(vm_id, runtime)
         else:
+            self._open.pop(vm_id, None)
             agent.port_closed()
 
     async def erase(self, vm_id: str) -> None:
@@ -73,6 +87,7 @@ class AgentGuests:
             await call(vm_id)
 
     async def forget(self, vm_id: str) -> None:
+        self._open.pop(vm_id, None)
         for call in self._on_forget:
             await call(vm_id)
         agent = self._agents.pop(vm_id, None)

@@ -175,6 +175,9 @@ class Runners:
         self.window = window
         self._directories = tuple(directories)
         self._idle: list[Runner] = []
+        self._mark = secrets.token_hex(4)
+        self._orphans: set[str] = set()
+        self._preparing: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.typical_s = 0.002
 
@@ -191,11 +194,23 @@ class Runners:
 
     async def prepare(self) -> None:
         """Have one waiting, so that the first command is as quick as the others."""
-        if not self._idle:
-            self._idle.append(await self._start())
+        if self._idle or self._preparing is not None:
+            return
+        preparing = self._preparing = asyncio.get_running_loop().create_future()
+        try:
+            runner = await self._start()
+            if len(self._idle) < MAX_IDLE:
+                self._idle.append(runner)
+            else:  # commands that could not wait for it have left theirs
+                self.background(self._retire(runner))
+        finally:
+            self._preparing = None
+            preparing.set_result(None)
 
     async def acquire(self) -> Runner:
         """A runner that waits for a command. Raises ``agent-failed`` where the guest cannot have one."""
+        if not self._idle and self._preparing is not None:
+            await asyncio.shield(self._preparing)  # sooner than another one would be there
         return self._idle.pop() if self._idle else await self._start()
 
     def release(self, runner: Runner, *, reusable: bool, closing: Sequence[int]) -> None:
@@ -235,7 +250,8 @@ class Runners:
                 return
 
     def forget(self) -> None:
-        """The guest was restarted, or is another one: no runner is left."""
+        """The agent or the guest was restarted: what waits there is left to the next sweep."""
+        self._orphans |= {runner.directory for runner in self._idle}
         self._idle.clear()
 
     async def settle(self) -> None:
@@ -251,7 +267,11 @@ class Runners:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def sweep(self, keep: Sequence[str]) -> int:
-        """End every runner whose directory is not in ``keep`` nor idle here; returns how many there were."""
+        """End the runners of former daemons, except those in the directories ``keep``; returns how many there were.
+
+        Those of this one, which come and go meanwhile, are told by the mark in their names.
+        """
+        own = tuple(f"{directory}/mica-{self._mark}" for directory in self._directories)
         kept = " ".join([*keep, *(runner.directory for runner in self._idle)])
         arguments = ["-c", script.SWEEP, "mica", kept, *self._directories]
         pid = await self.agent.exec_raw("/bin/sh", arguments, env=[f"PATH={script.PATH}"])
@@ -259,6 +279,9 @@ class Runners:
         count = 0
         for line in status.out_data.decode("utf-8", "replace").splitlines():
             number, _, directory = line.partition(" ")
+            if directory.startswith(own) and directory not in self._orphans:
+                continue
+            self._orphans.discard(directory)
             if number.isdigit() and directory.startswith(tuple(f"{d}/mica-" for d in self._directories)):
                 runner = Runner(self.agent, directory, int(number))
                 await self._end_command(runner)
@@ -281,7 +304,7 @@ class Runners:
 
     async def _start(self) -> Runner:
         agent = self.agent
-        token = secrets.token_hex(8)
+        token = self._mark + secrets.token_hex(6)
         arguments = ["-c", script.RUNNER, f"mica-{token}", str(self.window), token, *self._directories]
         environment = [f"PATH={script.PATH}", "HOME=/root"]
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from mica.guest.exec import GuestExec
 from mica.guest.executor import GuestExecutor
 from mica.guest.guests import AgentGuests
 from mica.guest.plain import PlainExec
-from mica.guest.spool import DEFAULT_LIMIT, Spool, Stream
+from mica.guest.runner import DIRECTORIES
+from mica.guest.spool import Spool, Stream
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.exec import ExecRecord, ExecSpec
 from mica.model.units import Bytes
@@ -33,6 +34,8 @@ KEPT = 50
 # In the environment of commands that carry a copy: without the client that feeds it, a copy is ended, not taken over.
 COPY_MARK = "MICA_COPY"
 VM_ENDED = "the VM ended while the command ran"
+# A guest whose agent takes longer to answer is made ready when somebody starts a command there.
+READY_TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -42,17 +45,34 @@ class _Active:
 
 
 class ExecSessions:
-    """Use within :meth:`running`. ``spool_dir`` holds the output of commands, ``DIR/<vm>/<exec>/``."""
+    """Use within :meth:`running`. ``spool_dir`` holds the output of commands, ``DIR/<vm>/<exec>/``.
 
-    def __init__(self, guests: AgentGuests, records: ExecRecords, spool_dir: Path, clock: Clock) -> None:
+    ``directories`` are where Mica may keep files in guests.
+    """
+
+    def __init__(
+        self,
+        guests: AgentGuests,
+        records: ExecRecords,
+        spool_dir: Path,
+        clock: Clock,
+        *,
+        directories: Sequence[str] = DIRECTORIES,
+    ) -> None:
+        self._directories = directories
         self._guests = guests
         self._records = records
         self._spool_dir = spool_dir
         self._clock = clock
         self._known: dict[str, ExecRecord] = {}
         self._active: dict[str, _Active] = {}
-        self._executors: dict[tuple[str, int], GuestExecutor] = {}
+        self._executors: dict[str, GuestExecutor] = {}
+        self._preparing: dict[str, asyncio.Task[None]] = {}
+        self._unprepared: set[str] = set()
+        # One guest after the other: nobody waits for it, and it takes processor time from those somebody waits for.
+        self._one_by_one = asyncio.Lock()
         self._group: asyncio.TaskGroup | None = None
+        guests.on_open(self._agent_started)
         guests.on_forget(self._vm_ended)
         guests.on_erase(self._vm_erased)
 
@@ -63,8 +83,13 @@ class ExecSessions:
             self._group = group
             try:
                 await self._recover(live)
+                for vm_id, runtime in self._guests.open_ports().items():
+                    self._agent_started(vm_id, runtime)
                 yield self
             finally:
+                self._group = None
+                for task in self._preparing.values():
+                    task.cancel()
                 for active in self._active.values():
                     active.task.cancel()
                 for executor in self._executors.values():
@@ -86,12 +111,48 @@ class ExecSessions:
                 ended = outcome.lost(record, VM_ENDED)
                 await self._save(msgspec.structs.replace(ended, ended_at=self._clock.now()))
 
-    def _executor(self, vm_id: str, name: str, runtime: VmRuntime, max_output: Bytes = DEFAULT_LIMIT) -> GuestExecutor:
-        known = self._executors.get((vm_id, max_output))
+    def _executor(self, vm_id: str, name: str, runtime: VmRuntime) -> GuestExecutor:
+        known = self._executors.get(vm_id)
         if known is None:
-            agent = self._guests.agent(vm_id, name, runtime)
-            known = self._executors[vm_id, max_output] = GuestExecutor(agent, max_output=max_output)
+            known = self._executors[vm_id] = GuestExecutor(
+                self._guests.agent(vm_id, name, runtime), directories=self._directories
+            )
         return known
+
+    def _agent_started(self, vm_id: str, runtime: VmRuntime) -> None:
+        if self._group is not None:
+            executor = self._executor(vm_id, f"VM {vm_id[:8]}", runtime)
+            executor.restarted()
+            self._prepare_soon(vm_id, executor)
+
+    def _prepare_soon(self, vm_id: str, executor: GuestExecutor) -> None:
+        """Make a guest ready for commands, in the background."""
+        assert self._group is not None
+        if vm_id in self._preparing:
+            self._preparing.pop(vm_id).cancel()
+        self._unprepared.discard(vm_id)
+        task = self._group.create_task(self._prepare(vm_id, executor), name=f"prepare {vm_id}")
+        self._preparing[vm_id] = task
+
+    async def _prepare(self, vm_id: str, executor: GuestExecutor) -> None:
+        """One runner waits for the first command; those of former daemons that no command needs are ended."""
+        try:
+            await executor.agent.wait_ready(READY_TIMEOUT_S)
+            async with self._one_by_one:
+                await executor.prepare()
+                swept = await executor.sweep([r for r in self._known.values() if r.vm_id == vm_id])
+                if swept:
+                    log.info("ended what former daemons left in a guest", vm=vm_id, runners=swept)
+        except MicaError as error:
+            # A guest that cannot do it says so to whoever starts a command there.
+            log.info("a guest is not ready for commands", vm=vm_id, error=error.message)
+            if error.retryable:
+                self._unprepared.add(vm_id)
+        except Exception:  # the root of this task: one guest must not take the others along
+            log.exception("a guest was not made ready for commands", vm=vm_id)
+        finally:
+            if self._preparing.get(vm_id) is asyncio.current_task():
+                del self._preparing[vm_id]
 
     def _directory(self, record: ExecRecord) -> Path:
         return self._spool_dir / record.vm_id / record.id
@@ -128,17 +189,24 @@ class ExecSessions:
     # ── what the API does ─────────────────────────────────────────────────────────────────────────────────────────
 
     async def start(
-        self, vm_id: str, name: str, runtime: VmRuntime, spec: ExecSpec, *, max_output: Bytes = DEFAULT_LIMIT
+        self, vm_id: str, name: str, runtime: VmRuntime, spec: ExecSpec, *, max_output: Bytes | None = None
     ) -> ExecRecord:
         """Start a command. Raises ``invalid``, ``agent-unavailable``, ``agent-failed``.
 
         ``max_output`` bounds what is kept of its output on the host; beyond that it is ended with ``too-large``.
         """
         exec_id = str(uuid.uuid4())
-        execution = await self._executor(vm_id, name, runtime, max_output).start(
-            spec, exec_id=exec_id, vm_id=vm_id, spool_dir=self._spool_dir / vm_id / exec_id, on_change=self._save
+        execution = await self._executor(vm_id, name, runtime).start(
+            spec,
+            exec_id=exec_id,
+            vm_id=vm_id,
+            spool_dir=self._spool_dir / vm_id / exec_id,
+            on_change=self._save,
+            max_output=max_output,
         )
         self._follow(execution)
+        if vm_id in self._unprepared:
+            self._prepare_soon(vm_id, self._executor(vm_id, name, runtime))
         await self._prune(vm_id)
         return execution.record
 
@@ -202,8 +270,12 @@ class ExecSessions:
             active.execution.lose(VM_ENDED)
         if mine:
             await asyncio.wait({active.task for active in mine}, timeout=10.0)
-        for key in [key for key in self._executors if key[0] == vm_id]:
-            await self._executors.pop(key).close()
+        self._unprepared.discard(vm_id)
+        if vm_id in self._preparing:
+            self._preparing.pop(vm_id).cancel()
+        executor = self._executors.pop(vm_id, None)
+        if executor is not None:
+            await executor.close()
 
     async def _vm_erased(self, vm_id: str) -> None:
         await self._forget([r for r in self._known.values() if r.vm_id == vm_id])
