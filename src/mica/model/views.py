@@ -6,6 +6,7 @@ Times are Unix seconds, sizes are bytes.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -26,16 +27,25 @@ from mica.model.vm import (
 )
 
 
+class UsageSource(StrEnum):
+    """Who counted: the VM's control group (its QEMU and its network process), or its QEMU's process alone."""
+
+    CGROUP = "cgroup"
+    PROCESS = "process"
+
+
 class VmUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Real use on the host. ``cpu`` is in host processors, averaged over the last seconds; ``None``: not known (yet).
 
-    ``memory`` counts what this VM alone costs: its QEMU, its network process, and its part of what is shared.
+    ``memory`` is what the kernel charges to the VM's control group, guest RAM included; by ``process``, where the host
+    has no groups for us, it is what its QEMU holds in memory (RssAnon and RssShmem of proc(5)).
     """
 
     cpu: float | None = None
     cpu_s: float | None = None
     memory: Bytes | None = None
     disk: Bytes | None = None
+    source: UsageSource | None = None
 
 
 class VmView(msgspec.Struct, frozen=True, kw_only=True):

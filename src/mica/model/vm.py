@@ -180,6 +180,8 @@ class VmRuntime(msgspec.Struct, frozen=True, kw_only=True):
 
     ``spec`` is the spec it was started with, so that pending changes can be told. ``handle`` is the hypervisor
     adapter's own, ``slice`` the slice adapter's. ``overhead`` is the memory beyond the guest's RAM that was reserved.
+    ``ram`` is the RAM image (a part) that the machine maps privately, empty while its RAM is its own. ``incarnation``
+    tells the QEMU processes apart that one VM may have had since its start.
     """
 
     process: ProcessRef
@@ -192,13 +194,17 @@ class VmRuntime(msgspec.Struct, frozen=True, kw_only=True):
     slice: dict[str, Any] = {}
     handle: dict[str, Any] = {}
     reduced: tuple[str, ...] = ()
+    ram: str = ""
+    incarnation: int = 0
 
 
 class Vm(msgspec.Struct, frozen=True, kw_only=True):
     """The user's side of a VM: the ``vm`` row. ``id`` is a UUID and is the machine's UUID in SMBIOS.
 
     ``slot`` is a small number, unique among the VMs of one host, from which its uid and its private network derive.
-    ``deleted_at`` and ``expires_at`` (Unix seconds) are set while it lies in the trash.
+    ``deleted_at`` and ``expires_at`` (Unix seconds) are set while it lies in the trash. ``snapshot`` is the one that
+    its present state descends from; ``layers`` maps disks to the parts directly below them, where they lie over parts.
+    ``forked_from`` is the name of the VM that it began as a copy of.
     """
 
     id: str
@@ -211,6 +217,9 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     description: str = ""
     image_name: str = ""
+    snapshot: str = ""
+    layers: dict[str, str] = {}
+    forked_from: str = ""
     deleted_at: float | None = None
     expires_at: float | None = None
 

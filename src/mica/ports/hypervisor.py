@@ -10,15 +10,42 @@ from typing import Any, Protocol
 import msgspec
 
 from mica.model.image import DirectBoot
+from mica.model.snapshot import MachineBuild
 from mica.model.units import Bytes
 from mica.model.vm import AgentState, NicRuntime, Vm, VmRuntime, VmSpec
 from mica.ports.volumes import Volume
 
 
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """A state to begin at instead of at power-on.
+
+    ``ram`` is the id of the RAM image, which is read from ``ram_file`` unless a machine or the adapter holds it.
+    """
+
+    ram: str
+    ram_file: Path
+    devices: Path
+    build: MachineBuild
+    changes: Path | None = None
+
+
+class Captured(msgspec.Struct, frozen=True, kw_only=True):
+    """What :meth:`Machine.capture` wrote. ``changes`` is ``None`` when the RAM is the machine's own (``runtime.ram``
+    is empty) and is yet to be held as an image. ``changed`` counts the bytes of changed pages."""
+
+    devices: Path
+    build: MachineBuild
+    changes: Path | None = None
+    changed: Bytes = Bytes(0)
+
+
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a monitor needs to start a VM: values made by other adapters, no promises.
 
-    ``boot_files`` are kernel and initial RAM file system on this host, with ``direct_boot`` telling the command line.
+    ``kernel`` and ``initrd`` lie on this host, with ``direct_boot`` telling the command line. With ``origin`` the
+    machine waits for ``load`` and its NICs for ``join``. ``incarnation`` is a number that no other living machine of
+    the VM has. ``generation_id`` is a UUID that a guest sees change when its state was copied or went back (vmgenid);
+    empty: the VM's own id.
     """
 
     vm: Vm
@@ -29,6 +56,9 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     direct_boot: DirectBoot | None = None
     kernel: Path | None = None
     initrd: Path | None = None
+    origin: Origin | None = None
+    incarnation: int = 0
+    generation_id: str = ""
 
 
 class RunState(StrEnum):
@@ -107,6 +137,29 @@ class Machine(Protocol):
         """Wait until the process has ended."""
 
 
+class StatefulMachine(Machine, Protocol):
+    """What else a machine can do, for snapshots and forks."""
+
+    async def capture(self, into: Path) -> Captured:
+        """Write the state of a paused machine into files in the directory ``into``, overwriting earlier ones.
+
+        Raises ``host-lacks`` naming a device that cannot be captured, ``state-conflict`` when vCPUs run.
+        """
+
+    async def load(self, origin: Origin) -> None:
+        """Bring a machine that was launched with an origin to that state; it is paused then. Once only.
+
+        Raises ``corrupt``, ``qemu-failed``: end the machine then.
+        """
+
+    async def join(self, nics: tuple[NicRuntime, ...]) -> None:
+        """Plug in the NICs of a machine that was launched with an origin. Idempotent."""
+
+    async def switch(self, volumes: tuple[Volume, ...]) -> None:
+        """Go on writing to these layers instead of the files below them, which are not written any more. The machine
+        is paused. Idempotent."""
+
+
 class Hypervisor(Protocol):
     """Starts machines and finds them again. Machines outlive whoever started them."""
 
@@ -123,8 +176,11 @@ class Hypervisor(Protocol):
         Raises ``qemu-failed`` with QEMU's last words, ``host-lacks``, ``timeout``.
         """
 
-    async def attach(self, runtime: VmRuntime) -> Machine | None:
+    async def attach(self, runtime: VmRuntime) -> StatefulMachine | None:
         """Connect to a machine that was launched, perhaps by an earlier daemon; ``None`` when it is gone."""
+
+    async def retire(self, runtime: VmRuntime) -> None:
+        """End this one machine of the VM and remove what was its alone; another incarnation goes on. Idempotent."""
 
     async def autopsy(self, runtime: VmRuntime) -> Exit:
         """How a machine that is gone ended, from what it left behind."""

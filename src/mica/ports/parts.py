@@ -1,0 +1,67 @@
+"""What the engine needs from a place for files that never change (:mod:`mica.model.snapshot`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from mica.model.units import Bytes
+from mica.model.vm import DiskSpec
+from mica.ports.volumes import Volume
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """What is known of a part that is on disk: bytes it takes there, and the checksum of its content."""
+
+    size: Bytes
+    digest: str
+
+
+class Parts(Protocol):
+    """Files by the id of their part. All verbs are idempotent."""
+
+    def path(self, part_id: str) -> Path:
+        """Where the file lies, whether it is there or not."""
+
+    async def keep(self, part_id: str, source: Path) -> None:
+        """Take a finished file over, from any file system; ``source`` is gone afterwards. Raises ``not-found``,
+        ``insufficient-disk`` before anything is written."""
+
+    async def seal(self, part_id: str, report: Callable[[float], None]) -> Seal:
+        """Bring the file to disk (fsync), make it read-only and checksum it. ``report`` is told 0.0 to 1.0."""
+
+    async def verify(self, part_id: str, digest: str, report: Callable[[float], None]) -> None:
+        """Raises ``corrupt`` when the content differs from ``digest``, ``not-found`` when it is gone."""
+
+    async def remove(self, part_id: str) -> None: ...
+
+    async def present(self) -> set[str]:
+        """Ids of all parts that have a file, for the reaper."""
+
+
+class Branches(Protocol):
+    """How the volumes of a VM become layers, and what it goes on with. All verbs are idempotent.
+
+    ``disk`` may be the UEFI variables: a ``DiskSpec`` named ``nvram``.
+
+        freeze ──► stage ──► take        the VM's file is a part now; the new file over it is the VM's
+                        └──► unstage     as it was
+    """
+
+    async def freeze(self, vm_id: str, disk: DiskSpec, part_id: str) -> None:
+        """Give the file that the disk now is a second name, as a part. A machine may be writing to it still."""
+
+    async def stage(self, vm_id: str, disk: DiskSpec, base: Path, owner: tuple[int, int] | None) -> Volume:
+        """Make the file that the disk goes on with, an empty layer over ``base``, beside the present one.
+
+        Raises ``insufficient-disk`` before anything is written.
+        """
+
+    async def take(self, vm_id: str) -> None:
+        """Put every staged file in the place of the present one, which stays only as what it was frozen as."""
+
+    async def unstage(self, vm_id: str) -> None:
+        """Remove staged files. The parts that were frozen are the caller's to remove."""

@@ -1,0 +1,25 @@
+"""What the engine needs to handle frozen guest RAM: images that machines map privately and never write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from mica.model.vm import VmRuntime
+
+
+class RamImages(Protocol):
+    """RAM images that are in memory now, by part id. They live as long as a machine maps them or they are held here."""
+
+    async def hold(self, runtime: VmRuntime, ram_id: str) -> None:
+        """The RAM that this machine owns is a RAM image from now on: what it writes itself until it ends still counts,
+        no one else can ever write or shrink it. Idempotent. Raises ``qemu-failed`` when the machine is gone."""
+
+    async def save(self, ram_id: str, file: Path, report: Callable[[float], None]) -> None:
+        """Write it to ``file``, holes left out. Raises ``not-found`` when nothing holds it, ``insufficient-disk``."""
+
+    def held(self) -> set[str]: ...
+
+    def release(self, ram_id: str) -> None:
+        """Let go of it; machines that map it keep it."""
