@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,7 @@ from mica.model.vm import (
     VmSpec,
     check_spec,
 )
+from mica.network import addresses, slirp
 from mica.ports.hypervisor import LaunchPlan
 from mica.ports.volumes import Volume
 from mica.qemu.accel import Accelerator
@@ -92,6 +94,7 @@ SPECS: dict[str, VmSpec] = {
     "micro-headless": msgspec.structs.replace(MICRO, display=False),
     "micro-without-agent": msgspec.structs.replace(MICRO, agent=False, hostname=""),
     "micro-without-network": msgspec.structs.replace(MICRO, nics=(_nic("net0", 1, network=NetworkKind.NONE),)),
+    "micro-without-passt": msgspec.structs.replace(MICRO, nics=(_nic("slirp0", 1), _nic("slirp1", 2))),
     "micro-with-data": msgspec.structs.replace(MICRO, disks=(_disk("data"), _disk("fast", raw=True))),
     "debian": DEBIAN,
     "debian-limited": msgspec.structs.replace(
@@ -158,9 +161,7 @@ def plan_of(spec: VmSpec, place: Place) -> LaunchPlan:
     nics = tuple(
         NicRuntime(
             name=nic.name,
-            handle={"kind": "none"}
-            if nic.network == NetworkKind.NONE
-            else {"kind": "stream", "socket": str(place.link(nic.name))},
+            handle=_handle(nic, place),
         )
         for nic in spec.nics
     )
@@ -173,6 +174,15 @@ def plan_of(spec: VmSpec, place: Place) -> LaunchPlan:
         kernel=place.image / "vmlinuz" if direct else None,
         initrd=place.image / "initrd" if direct else None,
     )
+
+
+def _handle(nic: NicSpec, place: Place) -> dict[str, Any]:
+    if nic.network == NetworkKind.NONE:
+        return {"kind": "none"}
+    if nic.name.startswith("slirp"):
+        given = addresses.nic_addresses(addresses.choose_pool([]), 7, int(nic.name[-1]))
+        return slirp.handle(given, nic.publish, ipv6=bool(nic.publish))
+    return {"kind": "stream", "socket": str(place.link(nic.name))}
 
 
 def _from_disk(spec: VmSpec) -> bool:

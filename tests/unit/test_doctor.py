@@ -20,6 +20,7 @@ from mica.host.facts import own_groups
 from mica.host.slices import HostSlices, NoSlices, detect
 from mica.model.doctor import AcceleratorProof, AcceleratorStep, DoctorReport, Finding, Status
 from mica.model.errors import Code, MicaError
+from mica.network.slirp import Slirp
 from mica.ports.slices import SliceLimits
 
 _MEMINFO = "MemTotal: 8388608 kB\nMemAvailable: 6291456 kB\n"
@@ -80,6 +81,7 @@ class FakeHost:
             "accelerators": (KVM, TCG),
             "jail": FakeJail(),
             "network": FakeNetwork(),
+            "reduced_network": MicaError(Code.HOST_LACKS, "no slirp", hint="a newer one; setting slirp = allow"),
         }
         self.firmware: FakeFirmware | None = None
         self.slices: HostSlices | None = None
@@ -117,6 +119,7 @@ class FakeHost:
             accelerators=_answers(self.answers["accelerators"]),
             jail=_answers(self.answers["jail"]),
             network=_answers(self.answers["network"]),
+            reduced_network=_answers(self.answers["reduced_network"]),
             firmware=lambda: self.firmware,
             slices=self.slices,
         )
@@ -273,7 +276,21 @@ async def test_what_the_other_rooms_lack_is_told_in_their_words(host: FakeHost) 
     host.answers["network"] = MicaError(Code.HOST_LACKS, "passt does not know --no-map-gw", hint="a newer one")
     jail, network = await host.finding("jail"), await host.finding("network")
     assert (jail.status, jail.fix) == (Status.MISSING, ("apt-get", "install", "-y", "util-linux"))
-    assert (network.status, network.fix, network.fix_note) == (Status.DEGRADED, (), "a newer one")
+    assert (network.status, network.fix, network.fix_note) == (
+        Status.DEGRADED,
+        (),
+        "a newer one; setting slirp = allow",
+    )
+    assert "a VM with a NIC is refused" in network.costs
+
+
+async def test_a_network_that_is_less_is_named(host: FakeHost) -> None:
+    host.answers["network"] = MicaError(Code.HOST_LACKS, "passt does not know --no-map-gw", hint="a newer one")
+    host.answers["reduced_network"] = Slirp("passt does not know --no-map-gw")
+    found = await host.finding("network")
+    assert (found.status, found.fix, found.fix_note) == (Status.DEGRADED, (), "a newer one")
+    assert "loopback" in found.costs
+    assert "refused" not in found.costs
 
 
 async def test_a_jail_that_is_off_is_a_gap(user: FakeHost) -> None:
@@ -294,6 +311,7 @@ async def test_a_check_that_hangs_or_fails_does_not_take_the_others_along(host: 
             accelerators=_answers((TCG,)),
             jail=hang,
             network=_answers(host.answers["network"]),
+            reduced_network=_answers(host.answers["reduced_network"]),
             firmware=lambda: None,
         )
     )
@@ -548,6 +566,7 @@ async def test_this_host_is_examined_for_real_and_nothing_is_left(tmp_path: Path
         accelerators=prove,
         jail=lambda: jail.detect(root=os.getuid() == 0),
         network=_answers(FakeNetwork()),
+        reduced_network=_answers(MicaError(Code.HOST_LACKS, "not asked")),
         firmware=best_uefi,
     )
     report = await examine(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from mica.host.processes import find, spawn
 from mica.model.errors import Code, MicaError
 from mica.model.vm import NicRuntime, NicSpec, Publish, Vm, VmSpec
-from mica.network import addresses, frames, passt, ports, proof, sieve
+from mica.network import addresses, frames, passt, ports, proof, sieve, slirp
 from mica.network.user import UserNetworks
 from tests.unit.ethernet import Wire
 
@@ -331,7 +331,7 @@ async def test_a_confined_passt_works_where_it_may(short: Path) -> None:
     assert (proven.place, proven.log) == (str(short / "b"), False)
     assert f"cannot work in {short / 'a'}" in proven.proof
     assert [list(place.iterdir()) for place in places] == [[], []]
-    networks = UserNetworks(places=places, find=find_passt, owner=owner)
+    networks = UserNetworks(places=places, find=find_passt, owner=owner, instead=no_slirp)
     nic = await networks.attach(vm(NicSpec()), "net0")
     try:
         assert Path(nic.handle["socket"]).is_relative_to(short / "b")
@@ -540,6 +540,10 @@ async def test_the_relay_holds_back_when_one_side_does_not_read(short: Path) -> 
 # ---- the adapter
 
 
+async def no_slirp(lack: MicaError) -> slirp.Slirp:
+    raise lack
+
+
 def vm(*nics: NicSpec, slot: int = 7) -> Vm:
     spec = VmSpec(nics=nics)
     return Vm(id="0b7c1f6e-0000-4000-8000-000000000007", name="a", spec=spec, slot=slot, created_at=0, created_by="t")
@@ -550,7 +554,7 @@ async def test_nics_are_attached_watched_and_detached(found: passt.Passt, short:
     async def find_passt() -> passt.Passt:
         return msgspec.structs.replace(found, place=str(short / "net"))
 
-    networks = UserNetworks(places=[short / "net", short / "other"], find=find_passt, owner=owner)
+    networks = UserNetworks(places=[short / "net", short / "other"], find=find_passt, owner=owner, instead=no_slirp)
     machine = vm(NicSpec(name="a" * 63, publish=(Publish(guest_port=22),)), NicSpec(name="off", network="none"))
     nics: list[NicRuntime] = []
     try:

@@ -19,7 +19,8 @@ from mica.host.processes import may_limit_others
 from mica.host.slices import HostSlices
 from mica.images.directory import DirectoryImages
 from mica.model.doctor import AcceleratorProof, DoctorReport
-from mica.network import passt, proof
+from mica.model.errors import MicaError
+from mica.network import passt, proof, slirp
 from mica.network.user import UserNetworks
 from mica.qemu.accel import Accelerator
 from mica.qemu.accelerators.platforms import ProverContext, provers
@@ -86,7 +87,7 @@ class Builder:
 
     async def find_passt(self) -> passt.Passt:
         """passt, with the proof that a guest cannot reach the host's loopback through it; kept for its binary."""
-        found = await passt.detect()
+        found = await passt.detect(self.settings.passt or None)
         status = os.stat(found.path)
         key = f"{found.path}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{proof.confinement()}"
         file = self.cache / "passt.json"
@@ -98,6 +99,13 @@ class Builder:
             known = {key: await proof.prove_anywhere(found, self._network_places, lambda: self.passt_owner(0))}
             write_atomically(file, msgspec.json.encode(known))
         return known[key]
+
+    async def instead_of_passt(self, lack: MicaError) -> slirp.Slirp:
+        """Whether QEMU's own user mode may do where passt cannot be had. Raises what is to be said when it may not."""
+        build = await self.qemu.build()
+        return slirp.permit(
+            lack, setting=self.settings.slirp, root=self.root, built_in=build.has_netdev("user", "hostfwd")
+        )
 
     async def clear_proofs(self) -> None:
         """Remove what the last daemon left when it was killed while it proved something. Before anything is proven."""
@@ -133,6 +141,7 @@ class Builder:
             accelerators=prove,
             jail=lambda: detect(root=self.root, off=s.jail_off),
             network=self.find_passt,
+            reduced_network=self.instead_of_passt,
             firmware=lambda: self.firmware,
             slices=share,
         )
@@ -173,7 +182,12 @@ class Builder:
         )
 
     def networks(self) -> UserNetworks:
-        return UserNetworks(places=self._network_places, find=self.find_passt, owner=self.passt_owner)
+        return UserNetworks(
+            places=self._network_places,
+            find=self.find_passt,
+            owner=self.passt_owner,
+            instead=self.instead_of_passt,
+        )
 
     def images(self) -> DirectoryImages:
         return DirectoryImages(self.settings.home / "images")

@@ -23,6 +23,9 @@ CONFIG_NAME = "config.toml"
 SETTINGS: dict[str, str] = {
     "listen": "also serve the API on TCP, as ADDRESS:PORT; loopback addresses only, with the token in MICA_HOME/token",
     "qemu": "the QEMU binary to use instead of qemu-system-x86_64 on PATH",
+    "passt": "the passt binary to use instead of the system's, by its path",
+    "slirp": "allow lets root too use QEMU's own user mode where passt cannot be had, refuse lets nobody; guests reach "
+    "the host's loopback through it",
     "accelerator": "kvm or tcg instead of the best one that is proven to work",
     "jail": "off runs QEMU without a jail; refused to root",
     "ram_dir": "where guest RAM is kept, a file system in memory; /dev/shm/mica-<home> if not given",
@@ -46,6 +49,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     uid: int
     listen: tuple[str, int] | None = None
     qemu: str = ""
+    passt: str = ""
+    slirp: str = ""
     accelerator: str = ""
     jail_off: bool = False
     ram_dir: Path
@@ -108,6 +113,10 @@ def load(options: Mapping[str, str], environ: Mapping[str, str] = os.environ, ui
         raise invalid(f"jail is {values['jail']!r}", hint="on or off")
     if values.get("accelerator", "") not in ("", "kvm", "tcg"):
         raise invalid(f"accelerator is {values['accelerator']!r}", hint="kvm or tcg")
+    if values.get("slirp", "") not in ("", "allow", "refuse"):
+        raise invalid(f"slirp is {values['slirp']!r}", hint="allow or refuse")
+    if Path(values.get("passt") or "passt").name != "passt":
+        raise invalid(f"passt is {values['passt']!r}", hint="the path of a program named passt")
     if values.get("log_level", "info") not in ("debug", "info", "warning", "error"):
         raise invalid(f"log_level is {values['log_level']!r}", hint="debug, info, warning or error")
     return Settings(
@@ -118,6 +127,8 @@ def load(options: Mapping[str, str], environ: Mapping[str, str] = os.environ, ui
         uid=uid,
         listen=_listen(values["listen"]) if values.get("listen") else None,
         qemu=values.get("qemu", ""),
+        passt=values.get("passt", ""),
+        slirp=values.get("slirp", ""),
         accelerator=values.get("accelerator", ""),
         jail_off=values.get("jail") == "off",
         ram_dir=Path(values["ram_dir"]).absolute()

@@ -58,6 +58,13 @@ class NetworkView(Protocol):
     def proof(self) -> str: ...
 
 
+class ReducedNetworkView(Protocol):
+    """Leave to do without that program; :class:`mica.network.slirp.Slirp` has it."""
+
+    @property
+    def costs(self) -> str: ...
+
+
 class FirmwareView(Protocol):
     """UEFI firmware; :class:`mica.qemu.discover_firmware.UefiFirmware` has it."""
 
@@ -71,13 +78,15 @@ class Probes(msgspec.Struct, frozen=True, kw_only=True):
     """How the other rooms are asked. Each raises :class:`MicaError` where the host lacks something.
 
     ``accelerators`` takes whether to run the guests again. ``slices`` are the control groups that this daemon has
-    found and uses; where they are not given, the doctor looks for what a daemon could use.
+    found and uses; where they are not given, the doctor looks for what a daemon could use. ``reduced_network`` is told
+    what ``network`` raised, and raises what is to be said of it when nothing may stand in.
     """
 
     qemu: Callable[[], Awaitable[QemuView]]
     accelerators: Callable[[bool], Awaitable[Sequence[AcceleratorProof]]]
     jail: Callable[[], Awaitable[JailView]]
     network: Callable[[], Awaitable[NetworkView]]
+    reduced_network: Callable[[MicaError], Awaitable[ReducedNetworkView]]
     firmware: Callable[[], FirmwareView | None]
     slices: HostSlices | None = None
 

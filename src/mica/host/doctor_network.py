@@ -24,19 +24,25 @@ async def user_mode(patient: Patient) -> Sequence[Finding]:
     try:
         found = await patient.examination.probes.network()
     except MicaError as error:
-        missing = patient.program("passt") is None
-        return [
-            Finding(
-                id="network",
-                title=title,
-                status=Status.DEGRADED,
-                proof=error.message,
-                costs="a VM with a NIC is refused; one without (--network none) runs",
-                fix=patient.fixes.install(["passt"]) if missing else (),
-                fix_note="" if missing else error.hint,
-            )
-        ]
+        return [await _without_passt(patient, title, error)]
     return [Finding(id="network", title=title, status=Status.OK, proof=f"{found.path} was run: {found.proof}")]
+
+
+async def _without_passt(patient: Patient, title: str, lack: MicaError) -> Finding:
+    missing = patient.program("passt") is None
+    try:
+        costs, note = (await patient.examination.probes.reduced_network(lack)).costs, lack.hint
+    except MicaError as error:
+        costs, note = "a VM with a NIC is refused; one without (--network none) runs", error.hint
+    return Finding(
+        id="network",
+        title=title,
+        status=Status.DEGRADED,
+        proof=lack.message,
+        costs=costs,
+        fix=patient.fixes.install(["passt"]) if missing else (),
+        fix_note="" if missing else note,
+    )
 
 
 async def taps(patient: Patient) -> Sequence[Finding]:

@@ -107,12 +107,12 @@ class PasstHandle(msgspec.Struct, frozen=True):
 
 async def detect(path: str | None = None) -> Passt:
     """Find passt and ask it for its options; no option is judged by a version. Raises ``host-lacks``."""
-    program = path or shutil.which("passt", path=CLEAN_ENVIRONMENT["PATH"])
+    program = shutil.which(path or "passt", path=CLEAN_ENVIRONMENT["PATH"])
     if program is None:
         raise MicaError(
             Code.HOST_LACKS,
-            "the program passt is missing, so VMs cannot have user-mode networking of their own",
-            hint="sudo apt-get install passt",
+            f"the program {path or 'passt'}, by which VMs have networking of their own, is missing",
+            hint="correct the setting passt" if path else "sudo apt-get install passt",
             details={"program": "passt", "package": "passt"},
         )
     process = await asyncio.create_subprocess_exec(
@@ -127,7 +127,7 @@ async def detect(path: str | None = None) -> Passt:
         async with asyncio.timeout(_START_TIMEOUT_S):
             text, _ = await process.communicate()
     except TimeoutError as error:
-        raise MicaError(Code.COMMAND_FAILED, f"{program} --help did not end") from error
+        raise MicaError(Code.TIMEOUT, f"{program} --help did not end", retryable=True) from error
     finally:
         if process.returncode is None:
             process.kill()

@@ -30,6 +30,7 @@ from mica.qemu import accel
 from mica.qemu.accel import Accelerator
 from mica.qemu.checks import check_host, check_nics
 from mica.qemu.command_line import QemuHost, Sockets, build_arguments
+from mica.qemu.devices.nic import needs_host_network
 from mica.qemu.jail import Jail, JailKind, JailSpec, JailUsers, hand_over
 from mica.qemu.jailed import Jailed, JailedRefs, adopt, exit_code, find_left, start
 from mica.qemu.machine import QemuMachine, complete, last_words
@@ -172,6 +173,7 @@ class QemuHypervisor:
             readable=self._readable(plan),
             devices=(Path("/dev/kvm"),) if self._host.accelerator is Accelerator.KVM else (),
             user=user,
+            host_network=any(map(needs_host_network, plan.nics)),
             # Root may raise a limit later, another user only below the hard one.
             limits=ResourceLimits(file_size=largest, core=0, raisable=self._jail.kind is not JailKind.ROOT),
         )
@@ -216,6 +218,8 @@ class QemuHypervisor:
         paths += [p for p in (plan.kernel, plan.initrd) if p is not None]
         # The directory and not the socket itself, so that a network process that was replaced is seen.
         paths += [Path(n.handle["socket"]).parent for n in plan.nics if "socket" in n.handle]
+        if any(map(needs_host_network, plan.nics)):  # then QEMU itself asks the host's resolvers for the guest
+            paths += [p for p in (Path("/etc/resolv.conf"),) if p.exists()]
         if plan.vm.spec.firmware is Firmware.UEFI and self._host.firmware_code is not None:
             paths.append(self._host.firmware_code)
         return tuple(dict.fromkeys(p for p in paths if not p.is_relative_to("/usr")))

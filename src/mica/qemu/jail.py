@@ -3,7 +3,8 @@
 Under software emulation (TCG) this jail is the only boundary between a guest and the host: QEMU promises security
 only for virtualization with KVM (QEMU manual, "Security", use cases). So QEMU runs in namespaces of its own, made by
 bubblewrap (mount, pid, network, ipc, uts, cgroup; user too when Mica is not root), sees the system's programs
-read-only and its own files at their own paths, and keeps no capability. Its network namespace is empty.
+read-only and its own files at their own paths, and keeps no capability. Its network namespace is empty, but for a VM on
+QEMU's own user mode.
 
 Three kinds, strongest first:
 
@@ -38,7 +39,7 @@ SLOTS = 16384
 _TMP_BYTES = 64 * 1024**2
 _ROOT_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")
-_NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
+_NAMESPACES = ("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 _PROBE_TIMEOUT_S = 10.0
 _OFF_HINT = "or, as an ordinary user, start the daemon with the jail off, which leaves only QEMU's seccomp filter"
 
@@ -82,7 +83,8 @@ class JailSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     ``writable`` and ``readable`` are files or directories; ``devices`` are device nodes beyond null, zero, full,
     random, urandom and tty. ``user`` is needed by the kind ``root`` and ignored by the others. ``oom_score_adj``
-    (-1000 to 1000) makes the kernel prefer a VM to the rest of the host when memory runs out.
+    (-1000 to 1000) makes the kernel prefer a VM to the rest of the host when memory runs out. ``host_network`` leaves
+    the process in the host's network namespace, for a QEMU that opens a guest's connections itself.
     """
 
     writable: tuple[Path, ...] = ()
@@ -92,6 +94,7 @@ class JailSpec(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str = "vm"
     limits: ResourceLimits = ResourceLimits()
     oom_score_adj: int = 500
+    host_network: bool = False
 
 
 class JailFds(msgspec.Struct, frozen=True):
@@ -133,7 +136,8 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     def _bubblewrap(self, spec: JailSpec, fds: JailFds | None) -> list[str]:
         # As pid 1 of its namespace there is no helper between bubblewrap and the program, so the pid that the info
         # descriptor tells is the program's. Never --die-with-parent: VMs outlive the daemon.
-        out = [self.bwrap, *_NAMESPACES, "--as-pid-1", "--new-session", "--hostname", spec.hostname, "--clearenv"]
+        out = [self.bwrap, *_NAMESPACES, *(() if spec.host_network else ("--unshare-net",))]
+        out += ["--as-pid-1", "--new-session", "--hostname", spec.hostname, "--clearenv"]
         for name, value in CLEAN_ENVIRONMENT.items():
             out += ["--setenv", name, value]
         out += ["--cap-drop", "ALL"]

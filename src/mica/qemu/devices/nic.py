@@ -1,8 +1,8 @@
 """A virtio NIC, joined to whatever the network adapter made for it.
 
 ``stream``: the VM's own network process listens on a UNIX socket (passt); QEMU itself sits in an empty network
-namespace. ``none``: a NIC whose cable is not plugged in; no option says so, so it is pulled by QMP before the guest
-runs.
+namespace. ``user``: QEMU does it itself (slirp), for which it has to be in the host's network namespace. ``none``: a
+NIC whose cable is not plugged in; no option says so, so it is pulled by QMP before the guest runs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,34 @@ def unplug(nic: NicSpec) -> dict[str, Any]:
     return {"name": device(nic.name), "up": False}
 
 
+def needs_host_network(runtime: NicRuntime) -> bool:
+    """Whether QEMU itself opens the sockets for this NIC."""
+    return runtime.handle.get("kind") == "user"
+
+
+def _user(backend: str, handle: dict[str, Any]) -> dict[str, Any]:
+    """``-netdev user`` (QMP reference, NetdevUserOptions); what the host's IPv6 cannot carry is not offered."""
+    network6 = handle["network6"]
+    return {
+        "type": "user",
+        "id": backend,
+        "ipv4": True,
+        "net": handle["network"],
+        "host": handle["gateway"],
+        "dns": handle["dns"],
+        "dhcpstart": handle["address"],
+        "ipv6": bool(network6),
+        "ipv6-prefix": network6 or None,
+        "ipv6-prefixlen": 64 if network6 else None,
+        "hostfwd": [{"str": _forward(publish, handle["address"])} for publish in handle["publish"]] or None,
+    }
+
+
+def _forward(publish: dict[str, Any], address: str) -> str:
+    here = f"{publish['protocol']}:{publish['host_address']}:{publish['host_port']}"
+    return f"{here}-{address}:{publish['guest_port']}"
+
+
 def arguments(nic: NicSpec, runtime: NicRuntime, bus: Bus, *, hub: int, bootindex: int | None) -> Arguments:
     """``hub`` is a number that no other NIC of the VM has."""
     backend = f"net-{nic.name}"
@@ -31,6 +59,8 @@ def arguments(nic: NicSpec, runtime: NicRuntime, bus: Bus, *, hub: int, bootinde
     if kind == "stream":
         address = {"type": "unix", "path": runtime.handle["socket"]}
         net = {"type": "stream", "id": backend, "server": False, "addr": address}
+    elif kind == "user":
+        net = _user(backend, runtime.handle)
     elif kind == "none":
         # A hub of its own with nobody else on it: two such NICs must not meet.
         net = {"type": "hubport", "id": backend, "hubid": hub}
