@@ -13,7 +13,7 @@ from mica.engine.records import Draft, Ledger, Reservation
 from mica.model.errors import Code, MicaError
 from mica.model.operation import OperationState
 from mica.model.units import GIB, MIB, Bytes
-from mica.model.views import VmCreate, VmDelete, VmRestore, VmSet, VmStart, VmStop
+from mica.model.views import UsageSource, VmCreate, VmDelete, VmRestore, VmSet, VmStart, VmStop
 from mica.model.vm import DiskSpec, VmState
 from mica.testing.harness import Life, Rig
 from mica.testing.simulated import Behaviour
@@ -341,6 +341,7 @@ async def test_usage_is_sampled_and_forgotten() -> None:
         usage = (await life.engine.views.vm("a")).usage
         assert usage.cpu == pytest.approx(0.5)
         assert usage.memory == life.rig.world.touched(vm_id)
+        assert usage.source is UsageSource.CGROUP
         await do(life, "vm.stop", "a", VmStop(force=True))
         await life.advance(6.0)
         assert (await life.engine.views.vm("a")).usage.memory is None

@@ -220,6 +220,8 @@ async def test_usage_counts_processor_time_and_memory(tmp_path: Path) -> None:
             assert 32 << 20 <= used.rss < 200 << 20
             assert used.pss is not None
             assert 32 << 20 <= used.pss <= used.rss + (1 << 20)
+            # What is merely mapped (the interpreter, its libraries) is not held.
+            assert 32 << 20 <= used.held < used.rss
             plain = usage(process.ref)
             assert plain is not None
             assert plain.pss is None

@@ -15,12 +15,13 @@ import pytest
 
 from mica.host import slices, slices_files
 from mica.host.facts import own_groups
-from mica.host.processes import ExitStatus, spawn
+from mica.host.processes import ExitStatus, reference, spawn
 from mica.host.slices_systemd import SystemdUnit
 from mica.host.slices_v1 import CONTROLLERS, SlicesV1
 from mica.host.slices_v2 import SlicesV2, enable
 from mica.model.errors import Code, MicaError
 from mica.model.units import MIB, Bytes
+from mica.model.views import UsageSource
 from mica.ports.slices import SliceLimits, SliceUsage
 
 GROUPS = own_groups()
@@ -253,10 +254,15 @@ async def test_v2_usage_is_read(tree: Tree) -> None:
     handle = await group.create("vm", FREE)
     path = tree.root / "vm"
     assert await group.usage(handle) == SliceUsage(None, None)
+    me = reference(os.getpid())
+    (path / "cpu.stat").write_text("usage_usec 1000000\n")
+    seen = await group.usage(handle, me)  # the memory controller is not there: the process tells that half
+    assert (seen.cpu_s, seen.source) == (1.0, UsageSource.PROCESS)
+    assert (seen.memory or 0) > MIB
     (path / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 1\n")
     (path / "memory.current").write_text("12345\n")
     (path / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
-    assert await group.usage(handle) == SliceUsage(2.5, Bytes(12345), 2)
+    assert await group.usage(handle, me) == SliceUsage(2.5, Bytes(12345), 2, UsageSource.CGROUP)
 
 
 async def test_v2_a_limit_below_what_is_used_is_refused(tree: Tree) -> None:
@@ -336,6 +342,30 @@ async def test_a_host_without_control_groups_says_so(tmp_path: Path) -> None:
     await found.update(handle, FREE)
     await found.remove(handle)
     assert found.present() == {}
+
+
+async def test_without_control_groups_use_is_that_of_the_process(tmp_path: Path) -> None:
+    found = slices.NoSlices("none here")
+    ready = tmp_path / "ready"
+    # The work is a thread's that has ended, and memory in tmpfs counts as a guest's RAM does.
+    code = (
+        "import mmap,pathlib,threading,time\nm=mmap.mmap(-1,48<<20)\nm.write(b'x'*(48<<20))\n"
+        "def work():\n end=time.thread_time()+0.3\n while time.thread_time()<end: pass\n"
+        f"t=threading.Thread(target=work);t.start();t.join()\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)"
+    )
+    with spawn([sys.executable, "-c", code]) as process:
+        try:
+            while not ready.exists():
+                assert process.alive
+                await asyncio.sleep(0.01)
+            seen = await found.usage({}, process.ref)
+        finally:
+            process.kill()
+        await process.wait_exit(10)
+    assert seen.source is UsageSource.PROCESS
+    assert (seen.cpu_s or 0) >= 0.25
+    assert 48 * MIB <= (seen.memory or 0) < 200 * MIB
+    assert await found.usage({}, process.ref) == SliceUsage(None, None)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root owns the tree")

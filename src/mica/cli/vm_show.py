@@ -11,7 +11,7 @@ from mica.cli.context import Context
 from mica.cli.options import DEFAULTS, Flag, Hidden, Many, Options, VmArg
 from mica.cli.text import age, facts, moment, size, table
 from mica.cli.values import pairs
-from mica.model.views import VmView
+from mica.model.views import UsageSource, VmView
 from mica.model.vm import DiskSpec, NicRuntime, Publish, VmState
 
 _LIVE = (VmState.RUNNING, VmState.PAUSED, VmState.STOPPING)
@@ -149,9 +149,12 @@ def _pending(view: VmView) -> str:
 
 def _use(view: VmView) -> str:
     usage = view.usage
+    alone = (
+        "" if usage.source is not UsageSource.PROCESS else " (of its QEMU: there are no control groups to count all)"
+    )
     parts = (
         "" if usage.cpu is None else f"{usage.cpu * 100:.0f} % of a processor",
-        "" if usage.memory is None else f"{size(usage.memory)} of memory",
+        "" if usage.memory is None else f"{size(usage.memory)} of memory{alone}",
         "" if usage.disk is None else f"{size(usage.disk)} of disk",
     )
     return ", ".join(part for part in parts if part)

@@ -9,7 +9,7 @@ from mica.engine.definition import Ports
 from mica.engine.records import Ledger
 from mica.model.errors import MicaError
 from mica.model.units import Bytes
-from mica.model.views import VmUsage
+from mica.model.views import UsageSource, VmUsage
 from mica.model.vm import VmStatus
 
 # Below this share of one processor a VM counts as idle. A quiet Linux guest under TCG uses 1 to 3 %.
@@ -22,6 +22,7 @@ class _Sample:
     at: float
     cpu_s: float | None
     memory: int | None
+    source: UsageSource
     cpu: float | None = None
     busy_at: float = 0.0
 
@@ -39,15 +40,21 @@ class UsageSampler:
         for gone in self._samples.keys() - running.keys():
             del self._samples[gone]
         for vm_id, (name, status) in running.items():
-            if status.runtime is None or not status.runtime.slice:
+            if status.runtime is None:
                 continue
             try:
-                usage = await self._env.slices.usage(status.runtime.slice)
+                usage = await self._env.slices.usage(status.runtime.slice, status.runtime.process)
             except MicaError:
                 continue  # it has just ended; its actor will say so
             last = self._samples.get(vm_id)
-            fresh = _Sample(name, now, usage.cpu_s, usage.memory, busy_at=now)
-            if last is not None and last.cpu_s is not None and usage.cpu_s is not None and now > last.at:
+            fresh = _Sample(name, now, usage.cpu_s, usage.memory, usage.source, busy_at=now)
+            if (
+                last is not None
+                and last.source is usage.source
+                and last.cpu_s is not None
+                and usage.cpu_s is not None
+                and now > last.at
+            ):
                 fresh.cpu = max(0.0, (usage.cpu_s - last.cpu_s) / (now - last.at))
                 fresh.busy_at = now if fresh.cpu > IDLE_CPU else last.busy_at
             self._samples[vm_id] = fresh
@@ -57,7 +64,7 @@ class UsageSampler:
         if seen is None:
             return VmUsage()
         memory = None if seen.memory is None else Bytes(seen.memory)
-        return VmUsage(cpu=seen.cpu, cpu_s=seen.cpu_s, memory=memory)
+        return VmUsage(cpu=seen.cpu, cpu_s=seen.cpu_s, memory=memory, source=seen.source)
 
     def candidates(self, ledger: Ledger) -> list[Candidate]:
         """Running VMs that could make room for another."""

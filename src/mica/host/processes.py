@@ -84,11 +84,13 @@ class ExitStatus(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What one process uses: processor seconds since its start, bytes resident, bytes proportional (shared pages
-    counted by share; ``None`` when not asked for, or not readable)."""
+    """What one process uses: processor seconds since its start (all threads, ended ones too), bytes resident, and of
+    these ``held``, what is not merely a file mapped (RssAnon and RssShmem: its own memory and what it has in tmpfs);
+    bytes proportional (shared pages counted by share; ``None`` when not asked for, or not readable)."""
 
     cpu_seconds: float
     rss: int
+    held: int
     pss: int | None = None
 
 
@@ -297,6 +299,9 @@ def usage(ref: ProcessRef, *, pss: bool = False) -> Usage | None:
 
     ``pss=True`` walks its page tables (``smaps_rollup``): milliseconds per GiB, so not for every tick of a watcher.
     """
+    proportional = _pss(ref.pid) if pss else None
+    status = _kib(Path(f"/proc/{ref.pid}/status"), "RssAnon:", "RssShmem:")
+    # Looked at last: as it is the same process now, what was read before is of it.
     stat = _stat(ref.pid)
     if stat is None or stat[0] in "ZX" or int(stat[19]) != ref.start_ticks or boot_id() != ref.boot_id:
         return None
@@ -304,7 +309,8 @@ def usage(ref: ProcessRef, *, pss: bool = False) -> Usage | None:
     return Usage(
         cpu_seconds=ticks / os.sysconf("SC_CLK_TCK"),
         rss=int(stat[21]) * os.sysconf("SC_PAGE_SIZE"),
-        pss=_pss(ref.pid) if pss else None,
+        held=sum(status),
+        pss=proportional,
     )
 
 
@@ -331,14 +337,16 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def _pss(pid: int) -> int | None:
+    return next(iter(_kib(Path(f"/proc/{pid}/smaps_rollup"), "Pss:")), None)
+
+
+def _kib(path: Path, *names: str) -> list[int]:
+    """The lines of these names in a file of ``name: number kB``, in bytes; none when it cannot be read."""
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-    except (OSError, ValueError):
-        return None
-    for line in text.splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return None
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith(names)]
 
 
 def _reap(pidfd: int) -> ExitStatus:

@@ -24,10 +24,12 @@ from typing import Any, Protocol
 import msgspec
 
 from mica.host import facts
+from mica.host.slices_files import completed
 from mica.host.slices_systemd import SystemdUnit
 from mica.host.slices_v1 import CONTROLLERS, SlicesV1
 from mica.host.slices_v2 import Attach, SlicesV2, controllers, enable
 from mica.model.errors import MicaError
+from mica.model.vm import ProcessRef
 from mica.ports.slices import SliceLimits, SliceUsage
 
 __all__ = ["HostSlices", "NoSlices", "detect"]
@@ -51,7 +53,7 @@ class HostSlices(Protocol):
 
     async def update(self, handle: dict[str, Any], limits: SliceLimits) -> None: ...
 
-    async def usage(self, handle: dict[str, Any]) -> SliceUsage: ...
+    async def usage(self, handle: dict[str, Any], process: ProcessRef | None = None) -> SliceUsage: ...
 
     async def remove(self, handle: dict[str, Any]) -> None: ...
 
@@ -63,7 +65,7 @@ class HostSlices(Protocol):
 
 
 class NoSlices(msgspec.Struct, frozen=True):
-    """A host without usable control groups: VMs run without ceilings, and everybody is told."""
+    """A host without usable control groups: VMs run without ceilings, and everybody is told. Use is still seen."""
 
     reason: str
     hint: str = ""
@@ -85,8 +87,8 @@ class NoSlices(msgspec.Struct, frozen=True):
     async def update(self, handle: dict[str, Any], limits: SliceLimits) -> None:
         return None
 
-    async def usage(self, handle: dict[str, Any]) -> SliceUsage:
-        return SliceUsage(None, None)
+    async def usage(self, handle: dict[str, Any], process: ProcessRef | None = None) -> SliceUsage:
+        return completed(SliceUsage(None, None), process)
 
     async def remove(self, handle: dict[str, Any]) -> None:
         return None

@@ -9,7 +9,12 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from mica.host.processes import usage
 from mica.model.errors import Code, MicaError, invalid
+from mica.model.units import Bytes
+from mica.model.views import UsageSource
+from mica.model.vm import ProcessRef
+from mica.ports.slices import SliceUsage
 
 PERIOD_US = 100_000
 """The kernel's default period: a quota is this many microseconds per period for each processor."""
@@ -81,6 +86,21 @@ def processes(directory: Path) -> list[int]:
         return [int(line) for line in (directory / "cgroup.procs").read_text(encoding="ascii").split()]
     except OSError:
         return []
+
+
+def completed(counted: SliceUsage, process: ProcessRef | None) -> SliceUsage:
+    """What no group counts is told of the process, as far as that lives."""
+    if process is None or (counted.cpu_s is not None and counted.memory is not None):
+        return counted
+    seen = usage(process)
+    if seen is None:
+        return counted
+    return SliceUsage(
+        cpu_s=seen.cpu_seconds if counted.cpu_s is None else counted.cpu_s,
+        memory=Bytes(seen.held) if counted.memory is None else counted.memory,
+        oom_kills=counted.oom_kills,
+        source=UsageSource.PROCESS,
+    )
 
 
 async def remove(directories: Sequence[Path], timeout_s: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from mica.host import slices_files as files
 from mica.model.errors import Code, MicaError
 from mica.model.units import Bytes
+from mica.model.vm import ProcessRef
 from mica.ports.slices import SliceLimits, SliceUsage
 
 CONTROLLERS = ("cpu", "cpuacct", "memory", "pids")
@@ -69,18 +70,19 @@ class SlicesV1:
             limit = -1 if limits.memory is None else limits.memory
             files.write(paths["memory"] / "memory.limit_in_bytes", str(limit))
 
-    async def usage(self, handle: dict[str, Any]) -> SliceUsage:
+    async def usage(self, handle: dict[str, Any], process: ProcessRef | None = None) -> SliceUsage:
         paths = _paths(handle)
         if not any(path.is_dir() for path in paths.values()):
             raise MicaError(Code.GONE, f"the control groups {', '.join(map(str, paths.values()))} are gone")
         spent = files.number(paths["cpuacct"] / "cpuacct.usage") if "cpuacct" in paths else None
         memory = files.number(paths["memory"] / "memory.usage_in_bytes") if "memory" in paths else None
         kills = files.fields(paths["memory"] / "memory.oom_control").get("oom_kill", 0) if "memory" in paths else 0
-        return SliceUsage(
+        counted = SliceUsage(
             cpu_s=None if spent is None else spent / 1e9,
             memory=None if memory is None else Bytes(memory),
             oom_kills=kills,
         )
+        return files.completed(counted, process)
 
     async def remove(self, handle: dict[str, Any]) -> None:
         await files.remove(_directories(handle), self._remove_timeout_s)

@@ -9,6 +9,7 @@ from typing import Any
 from mica.host import slices_files as files
 from mica.model.errors import Code, MicaError
 from mica.model.units import Bytes
+from mica.model.vm import ProcessRef
 from mica.ports.slices import SliceLimits, SliceUsage
 
 Attach = Callable[[Path, int], Awaitable[None]]
@@ -104,17 +105,18 @@ class SlicesV2:
         if "memory" in self._controllers:
             files.write(directory / "memory.max", "max" if limits.memory is None else str(limits.memory))
 
-    async def usage(self, handle: dict[str, Any]) -> SliceUsage:
+    async def usage(self, handle: dict[str, Any], process: ProcessRef | None = None) -> SliceUsage:
         directory = Path(handle["path"])
         if not directory.is_dir():
             raise MicaError(Code.GONE, f"the control group {directory} is gone")
         spent = files.fields(directory / "cpu.stat").get("usage_usec")
         memory = files.number(directory / "memory.current")
-        return SliceUsage(
+        counted = SliceUsage(
             cpu_s=None if spent is None else spent / 1e6,
             memory=None if memory is None else Bytes(memory),
             oom_kills=files.fields(directory / "memory.events").get("oom_kill", 0),
         )
+        return files.completed(counted, process)
 
     async def remove(self, handle: dict[str, Any]) -> None:
         await files.remove([Path(handle["path"])], self._remove_timeout_s)

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import msgspec
 
 from mica.model.units import Bytes
+from mica.model.views import UsageSource
+from mica.model.vm import ProcessRef
 
 
 class SliceLimits(msgspec.Struct, frozen=True):
@@ -17,11 +19,12 @@ class SliceLimits(msgspec.Struct, frozen=True):
 
 
 class SliceUsage(msgspec.Struct, frozen=True):
-    """``None`` where the host cannot tell."""
+    """``None`` where the host cannot tell. ``source`` is the group's only if all of it is the group's."""
 
     cpu_s: float | None
     memory: Bytes | None
     oom_kills: int = 0
+    source: UsageSource = UsageSource.CGROUP
 
 
 class Slices(Protocol):
@@ -31,7 +34,8 @@ class Slices(Protocol):
 
     async def update(self, handle: dict[str, Any], limits: SliceLimits) -> None: ...
 
-    async def usage(self, handle: dict[str, Any]) -> SliceUsage: ...
+    async def usage(self, handle: dict[str, Any], process: ProcessRef | None = None) -> SliceUsage:
+        """What the slice uses; what no group counts here is told of ``process``. Raises ``gone``."""
 
     async def remove(self, handle: dict[str, Any]) -> None:
         """Remove it once it is empty. Raises ``in-use`` when a process stays in it beyond a deadline."""

@@ -10,7 +10,7 @@ import msgspec
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.image import DebianRecipe, DiskFormat, Firmware, Image, ImageRecipe, ImportRecipe
 from mica.model.units import MIB, Bytes, format_size
-from mica.model.vm import DiskSpec, NetworkKind, NicRuntime, Publish, Vm
+from mica.model.vm import DiskSpec, NetworkKind, NicRuntime, ProcessRef, Publish, Vm
 from mica.ports.host import Capacity
 from mica.ports.progress import Progress
 from mica.ports.slices import SliceLimits, SliceUsage
@@ -171,12 +171,12 @@ class SimulatedSlices:
                 raise not_found("slice", handle["id"])
             self._world.slices[handle["id"]] = limits
 
-    async def usage(self, handle: dict[str, Any]) -> SliceUsage:
+    async def usage(self, handle: dict[str, Any], process: ProcessRef | None = None) -> SliceUsage:
         async with self._faults.around("slices.usage"):
-            process = self._world.processes.get(handle["id"])
-            if process is None:
+            there = self._world.processes.get(handle["id"])
+            if there is None or process not in (None, there.ref):
                 raise not_found("slice", handle["id"])
-            cpu_s = (self._world.clock.monotonic() - process.started_at) * process.behaviour.cpu
+            cpu_s = (self._world.clock.monotonic() - there.started_at) * there.behaviour.cpu
             memory = Bytes(self._world.touched(handle["id"]))
             return SliceUsage(cpu_s, memory, self._world.oom_kills.get(handle["id"], 0))
 
