@@ -80,14 +80,15 @@ def _identity(vm: Vm) -> Arguments:
     )
 
 
-def _boot(plan: LaunchPlan) -> Arguments:
+def _boot(plan: LaunchPlan, accelerator: Accelerator) -> Arguments:
     if plan.direct_boot is None:
         return Arguments()
     assert plan.kernel is not None
     assert plan.initrd is not None
     name = plan.vm.spec.hostname or plan.vm.name
-    cmdline = f"{plan.direct_boot.cmdline} mica.hostname={name}"
-    return concat([flag("kernel", str(plan.kernel)), flag("initrd", str(plan.initrd)), flag("append", cmdline)])
+    words = [plan.direct_boot.cmdline, *accel.kernel_words(accelerator), f"mica.hostname={name}"]
+    append = flag("append", " ".join(words))
+    return concat([flag("kernel", str(plan.kernel)), flag("initrd", str(plan.initrd)), append])
 
 
 def _devices(plan: LaunchPlan, host: QemuHost, sockets: Sockets) -> Arguments:
@@ -149,7 +150,7 @@ def build_arguments(plan: LaunchPlan, host: QemuHost, sockets: Sockets, ram: Pat
             for name, path in (("qmp0", sockets.control), ("qmp1", sockets.rescue))
         ),
         serial.arguments(sockets.serial, console_log),
-        _boot(plan),
+        _boot(plan, host.accelerator),
         _devices(plan, host, sockets),
         # Held until the engine lets it run.
         flag("S"),
