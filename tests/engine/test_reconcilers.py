@@ -184,6 +184,42 @@ async def test_leftovers_of_nobody_are_removed_and_those_of_vms_are_not() -> Non
         assert life.rig.world.holdings() == kept
 
 
+async def test_leftovers_of_each_kind_are_found_alone() -> None:
+    """A VM's row may be gone with only one of its things left: a network directory, a control group."""
+    async with living() as life:
+        await create(life, "a", start=True, disks=(DISK,))
+        world, kept = life.rig.world, life.rig.world.holdings()
+        owner = next(iter(world.volumes))
+        leave: list[Callable[[str], object]] = [
+            lambda id_: world.networks.update({(id_, "net0"): world.networks[owner, "net0"]}),
+            lambda id_: world.slices.update({id_: world.slices[owner]}),
+            lambda id_: world.volumes.update({id_: dict(world.volumes[owner])}),
+            lambda id_: world.logs.add(id_),
+        ]
+        for number, one in enumerate(leave):
+            one(f"{number:08}-0000-0000-0000-000000000001")
+            assert await once(life, "leftovers") == f"removed leftovers of {number:08}"
+            assert world.holdings() == kept
+        assert await once(life, "leftovers") == ""
+
+
+async def test_a_leftover_that_resists_does_not_keep_the_others() -> None:
+    async with living() as life:
+        await create(life, "a", start=True, disks=(DISK,))
+        world, kept = life.rig.world, life.rig.world.holdings()
+        owner = next(iter(world.volumes))
+        for number in range(3):
+            world.volumes[f"{number:08}-0000-0000-0000-000000000001"] = dict(world.volumes[owner])
+        world.faults.fail("volumes.remove", MicaError(Code.IN_USE, "somebody has it open"), call=2)
+        leftovers = loop(life, "leftovers")
+        await leftovers.once()
+        assert leftovers.status.said == (
+            "removed leftovers of 00000000, 00000002; not removed: 00000001: somebody has it open"
+        )
+        assert await once(life, "leftovers") == "removed leftovers of 00000001"
+        assert world.holdings() == kept
+
+
 async def test_leftovers_of_a_vm_that_is_being_made_are_left_alone() -> None:
     async with living() as life:
         life.rig.world.faults.slow("volumes.create", 5.0, call=2)

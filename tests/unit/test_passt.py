@@ -612,13 +612,6 @@ def test_the_pool_keeps_clear_of_the_hosts_routes() -> None:
     assert addresses.choose_pool(everywhere) == net("10.64.0.0/12")
 
 
-def test_macs_are_local_unicast_stable_and_different() -> None:
-    macs = {addresses.mac_address(vm_id, nic) for vm_id in map(str, range(500)) for nic in ("net0", "net1")}
-    assert len(macs) == 1000
-    assert all(int(mac[:2], 16) & 3 == 2 for mac in macs)
-    assert addresses.mac_address("a", "net0") == addresses.mac_address("a", "net0")
-
-
 def test_two_wishes_for_any_port_are_given_two() -> None:
     given = ports.reserve((Publish(guest_port=1), Publish(guest_port=1), Publish(guest_port=1, host_address="0.0.0.0")))
     assert len({wish.host_port for wish in given}) == 3
@@ -646,3 +639,26 @@ def test_forged_frames_are_well_formed() -> None:
     assert frames.checksum(data[14:34]) == 0
     pseudo = data[26:34] + struct.pack("!BBH", 0, 17, len(data) - 34)
     assert frames.checksum(pseudo + data[34:]) == 0
+
+
+async def test_what_somebody_else_may_have_made_is_not_removed(short: Path) -> None:
+    """A place in /tmp can be made by anybody who is there first, with links out of it."""
+    precious, place = short / "precious", short / "place"
+    (precious / "n").mkdir(parents=True)
+    place.mkdir()
+    (place / "proof-1").symlink_to(precious)
+    (place / "vm-1").symlink_to(precious)
+    (place / "vm-2").mkdir()
+
+    async def find_passt() -> passt.Passt:
+        raise AssertionError("not asked")
+
+    networks = UserNetworks(places=[place, short / "absent"], find=find_passt, owner=owner, instead=no_slirp)
+    assert await networks.owners() == {"vm-2"}
+    await proof.clear([place])
+    await networks.remove("vm-1")
+    place.chmod(0o777)  # no better than another's
+    assert await networks.owners() == set()
+    await networks.remove("vm-2")
+    assert (precious / "n").is_dir()
+    assert (place / "vm-2").is_dir()

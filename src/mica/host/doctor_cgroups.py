@@ -70,7 +70,7 @@ async def cgroups(patient: Patient) -> Sequence[Finding]:
 
 async def _used(patient: Patient, slices: HostSlices) -> Finding:
     """Make a group with both limits the way VMs get theirs, and remove it."""
-    trial = f"doctor-{os.getpid()}"
+    trial = f"mica-doctor-{os.getpid()}"  # no VM's, for whoever looks for those of VMs
     handle: dict[str, Any] = {}
     failure = ""
     try:

@@ -88,12 +88,12 @@ class SlicesV1:
         await files.remove(_directories(handle), self._remove_timeout_s)
 
     def present(self) -> dict[str, dict[str, Any]]:
-        names = {
-            entry.name for root in self._roots.values() if root.is_dir() for entry in root.iterdir() if entry.is_dir()
-        }
+        roots = [root for root in self._roots.values() if root.is_dir()]
+        names = {entry.name for root in roots for entry in root.iterdir() if entry.is_dir()}
         return {
             name: {"kind": "v1", "paths": {key: str(root / name) for key, root in self._roots.items()}}
             for name in sorted(names)
+            if not name.startswith("mica-")
         }
 
     def retire(self) -> None:

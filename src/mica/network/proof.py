@@ -74,12 +74,28 @@ def confinement(root: Path = Path("/")) -> str:
 def own_place(place: Path) -> None:
     """Make a directory for NICs, open for passing. Raises ``forbidden`` when somebody else may change what is in it."""
     place.mkdir(mode=0o711, parents=True, exist_ok=True)
-    status = place.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    if not _is_own(place):
         raise MicaError(
             Code.FORBIDDEN, f"{place} belongs to somebody else or is open to others", hint=f"remove it: rm -r {place}"
         )
     place.chmod(0o711)  # whatever the umask: passt's own user has to pass
+
+
+def _is_own(place: Path) -> bool:
+    status = place.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def entries(place: Path) -> list[Path]:
+    """The directories in a place of ours. None is in what somebody else put there, whatever it looks like."""
+    if not place.exists() or not _is_own(place):
+        return []
+    return [entry for entry in place.iterdir() if entry.is_dir() and not entry.is_symlink()]
+
+
+def is_proof(directory: Path) -> bool:
+    """Whether it is of a proof and not of a VM."""
+    return directory.name.startswith(_PREFIX)
 
 
 async def prove(found: passt.Passt, directory: Path, owner: Callable[[], passt.Owner | None]) -> passt.Passt:
@@ -107,7 +123,7 @@ async def prove(found: passt.Passt, directory: Path, owner: Callable[[], passt.O
 
 async def clear(places: Sequence[Path]) -> None:
     """End and remove what a proof left whose daemon was killed. Only for whoever knows that none is under way."""
-    for directory in [entry for place in places for entry in place.glob(f"{_PREFIX}*")]:
+    for directory in (entry for place in places for entry in entries(place) if is_proof(entry)):
         await passt.stop_left(directory / _NIC)
         shutil.rmtree(directory)
 

@@ -17,7 +17,7 @@ from mica.model.vm import NetworkKind, NicRuntime, Vm
 from mica.network import addresses, passt, slirp
 from mica.network.passt import Link, Owner, Passt, PasstHandle
 from mica.network.ports import reserve
-from mica.network.proof import own_place
+from mica.network.proof import entries, is_proof, own_place
 from mica.network.slirp import Slirp
 
 # What is left of 107 bytes below the longest place (mica.model.paths).
@@ -106,6 +106,15 @@ class UserNetworks:
             await passt.stop_left(directory)
             if directory.parent.is_dir() and not any(directory.parent.iterdir()):
                 directory.parent.rmdir()
+
+    async def remove(self, vm_id: str) -> None:
+        for directory in (entry for place in self._places for entry in entries(place) if entry.name == vm_id):
+            for nic in list(directory.iterdir()):
+                await passt.stop_left(nic)
+            directory.rmdir()
+
+    async def owners(self) -> set[str]:
+        return {entry.name for place in self._places for entry in entries(place) if not is_proof(entry)}
 
     async def healthy(self, nic: NicRuntime) -> bool:
         known = nic.handle.get("passt")

@@ -19,5 +19,11 @@ class Networks(Protocol):
     async def detach(self, vm_id: str, nic: NicRuntime) -> None:
         """Take it down. What is gone already is no error."""
 
+    async def remove(self, vm_id: str) -> None:
+        """Take down everything of a VM, whether anybody knows of it or not. Absent NICs are no error."""
+
+    async def owners(self) -> set[str]:
+        """Ids of VMs that have something here which lasts beyond QEMU, for the reaper."""
+
     async def healthy(self, nic: NicRuntime) -> bool:
         """Whether what was attached is still there, for the watcher."""

@@ -39,3 +39,6 @@ class Slices(Protocol):
 
     async def remove(self, handle: dict[str, Any]) -> None:
         """Remove it once it is empty. Raises ``in-use`` when a process stays in it beyond a deadline."""
+
+    def present(self) -> dict[str, dict[str, Any]]:
+        """VM id → handle of every slice there is, for the reaper."""

@@ -148,6 +148,15 @@ class SimulatedNetworks:
         async with self._faults.around("networks.detach"):
             self._world.networks.pop((vm_id, nic.name), None)
 
+    async def remove(self, vm_id: str) -> None:
+        async with self._faults.around("networks.remove"):
+            for key in [key for key in self._world.networks if key[0] == vm_id]:
+                del self._world.networks[key]
+
+    async def owners(self) -> set[str]:
+        async with self._faults.around("networks.owners"):
+            return {vm_id for vm_id, _ in self._world.networks}
+
     async def healthy(self, nic: NicRuntime) -> bool:
         async with self._faults.around("networks.healthy"):
             return nic in self._world.networks.values()
@@ -185,6 +194,9 @@ class SimulatedSlices:
             if handle["id"] in self._world.processes:
                 raise MicaError(Code.IN_USE, f"the control group of {handle['id'][:8]} has a process in it")
             self._world.slices.pop(handle["id"], None)
+
+    def present(self) -> dict[str, dict[str, Any]]:
+        return {vm_id: {"id": vm_id} for vm_id in self._world.slices}
 
 
 class SimulatedImages:
