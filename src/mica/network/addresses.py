@@ -1,4 +1,4 @@
-"""Addresses that Mica makes up: MAC addresses, and a private network for every user-mode NIC.
+"""Addresses that Mica makes up: a private network for every user-mode NIC.
 
 All are pure functions of the VM and the NIC, so nothing has to be stored, found or given back. A slot (below 16384)
 has 8 NICs, each with 8 IPv4 addresses out of a /12 that the host does not route to, and a /64 of its own out of the
@@ -7,13 +7,13 @@ unique local range (RFC 4193) for IPv6.
 
 from __future__ import annotations
 
-import hashlib
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
 from pathlib import Path
 
 import msgspec
 
 from mica.model.errors import invalid
+from mica.model.mac import mac_address
 from mica.model.vm import MAX_NICS
 
 SLOTS = 16384
@@ -32,12 +32,6 @@ class NicAddresses(msgspec.Struct, frozen=True):
     dns: str
     address6: str
     gateway_mac: str
-
-
-def mac_address(vm_id: str, nic: str) -> str:
-    """A MAC for a NIC: locally administered, unicast (IEEE 802 section 8), the same for the same VM and NIC."""
-    digest = hashlib.blake2s(f"mica nic {vm_id} {nic}".encode()).digest()
-    return ":".join(f"{octet:02x}" for octet in (digest[0] & 0xFC | 0x02, *digest[1:6]))
 
 
 def nic_addresses(pool: IPv4Network, slot: int, nic: int) -> NicAddresses:
