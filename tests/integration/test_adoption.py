@@ -265,3 +265,22 @@ async def test_a_daemon_that_is_asked_to_end_leaves_the_vms_alone(world: World) 
         view = await client.vms.view("alone")
         assert msgspec.structs.asdict(view)["process"] == process
         assert view.observed.state is VmState.RUNNING
+
+
+async def test_everything_of_a_vm_without_a_row_goes(world: World) -> None:
+    """As after a database was put back from before the VM was made: QEMU, its network process, its control group."""
+    async with world.client() as client:
+        lost, kept = await started(client, "lost"), await started(client, "kept")
+    world.kill()
+    had = world.leftovers()
+    assert any(lost.id in text and "passt" in text for text in had)
+    with contextlib.closing(sqlite3.connect(world.home / "state.db")) as database, database:
+        database.execute("DELETE FROM rows WHERE id = ?", (lost.id,))
+    world.start()
+    wait_for(
+        "the end of what is left", lambda: not [text for text in world.leftovers() if lost.id in text], timeout_s=60
+    )
+    async with world.client() as client:
+        view = await client.vms.view("kept")
+        assert (view.observed.state, view.process, view.nics) == (VmState.RUNNING, kept.view.process, kept.view.nics)
+    assert [text for text in had if kept.id in text] == [text for text in world.leftovers() if kept.id in text]
