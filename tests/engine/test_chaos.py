@@ -132,9 +132,10 @@ class Chaos(RuleBasedStateMachine):
         error = asked.exception()
         if error is not None:
             self.refusals.append(error)
-        # What was accepted counts although the daemon may have died before it could say so.
+        # What was accepted counts although the daemon may have died before it could say so. Mica's own does not: an
+        # autostart may have come in between.
         for operation in await self._operations():
-            if operation.id not in before:
+            if operation.id not in before and operation.by == BY:
                 self._note(operation.verb, operation.id, operation.target.partition("/")[2], params)
 
     def _note(self, verb: str, operation_id: str, vm_id: str, params: msgspec.Struct) -> None:
