@@ -3,12 +3,14 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import msgspec
 import pytest
 from litestar import Litestar
 
 from mica.api.auth import Peer
 from mica.api.lifetime import Lifetime
-from mica.model.operation import OperationState
+from mica.model.errors import Code, Problem
+from mica.model.operation import Actor, Operation, OperationState
 from tests.api.conftest import connect
 from tests.api.fake_engine import FakeEngine
 
@@ -143,6 +145,32 @@ async def test_metrics_count_vms_operations_and_requests(http: httpx.AsyncClient
     assert 'mica_request_duration_seconds_count{method="",route="",status="4xx"} 1.0' in lines
     resident = next(line for line in lines if line.startswith("mica_daemon_resident_bytes"))
     assert float(resident.split()[1]) > 1_000_000
+
+
+async def test_metrics_count_what_has_ended(http: httpx.AsyncClient, lifetime: Lifetime) -> None:
+    start = Operation(
+        id="1",
+        verb="vm.start",
+        target="vm/1",
+        target_name="a",
+        params={},
+        by=Actor("me"),
+        state=OperationState.SUCCEEDED,
+        created_at=100.0,
+        started_at=101.0,
+        ended_at=104.0,
+    )
+    full = Problem(Code.INSUFFICIENT_DISK, "full")
+    metrics = lifetime.metrics
+    metrics.operation(start)
+    metrics.operation(msgspec.structs.replace(start, started_at=None))
+    metrics.operation(msgspec.structs.replace(start, state=OperationState.FAILED, problem=full))
+    lines = (await http.get("/metrics")).text.splitlines()
+    assert 'mica_operation_duration_seconds_count{outcome="succeeded",verb="vm.start"} 2.0' in lines
+    assert 'mica_operation_duration_seconds_sum{outcome="succeeded",verb="vm.start"} 7.0' in lines
+    assert 'mica_operation_duration_seconds_bucket{le="2.5",outcome="failed",verb="vm.start"} 0.0' in lines
+    assert 'mica_operation_duration_seconds_bucket{le="5.0",outcome="failed",verb="vm.start"} 1.0' in lines
+    assert 'mica_operation_problems_total{code="insufficient-disk",verb="vm.start"} 1.0' in lines
 
 
 async def test_the_description_is_served(http: httpx.AsyncClient) -> None:

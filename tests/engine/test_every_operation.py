@@ -105,6 +105,15 @@ async def clean_run(scenario: Scenario) -> tuple[list[str], int, list[str]]:
         return [e.step for e in operation.journal if e.event is StepEvent.STARTED], commits, calls
 
 
+@every
+async def test_every_step_tells_a_reader_what_it_does(scenario: Scenario) -> None:
+    async with prepared(scenario) as run, run.life() as life:
+        operation = await life.submit(scenario.verb, run.target, scenario.params)
+        steps = DEFINITIONS[scenario.verb].steps(operation)
+        assert [step.name for step in steps if " " not in step.words] == [], "Step(…, words='making its disks')"
+        await life.finish(operation.id)
+
+
 def at(wanted: str, act: Callable[[Context], Awaitable[None]]) -> Callable[[str, Context], Awaitable[None]]:
     """A hook that acts at one step, once."""
     done: list[str] = []

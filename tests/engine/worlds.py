@@ -26,6 +26,10 @@ async def living(policy: Policy | None = None, **world: Any) -> AsyncIterator[Li
             yield life
             await life.rest()
         assert await rig.lies() == []
+        kept = await rig.records.operations.scan()
+        told = [o for o in rig.ended if o.id in kept]
+        assert {o.id: o for o in told} == {i: r.value for i, r in kept.items() if r.value.state.ended}
+        assert len(told) == len({o.id for o in told}), "the end of an operation was told twice"
 
 
 async def do(life: Life, verb: str, target: str, params: msgspec.Struct, **how: Any) -> Operation:

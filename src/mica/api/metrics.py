@@ -6,14 +6,16 @@ from collections import Counter as Tally
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mica.api.facade import Facade
-from mica.model.operation import OperationState
+from mica.model.operation import Operation, OperationState
 from mica.model.vm import VmState
 
 PAGE = 1000
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+# A change of a row takes milliseconds, the build of an image may take the better part of an hour.
+_OPERATION_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
 
 def resident_bytes() -> int:
@@ -37,11 +39,29 @@ class Metrics:
         )
         self._vms = Gauge("mica_vms", "VMs by state", ["state"], **common)
         self._operations = Gauge("mica_operations", "Operations that have not ended", ["verb", "state"], **common)
+        self._ended = Histogram(
+            "mica_operation_duration_seconds",
+            "Operations that have ended, from the moment they began to run",
+            ["verb", "outcome"],
+            buckets=_OPERATION_BUCKETS,
+            **common,
+        )
+        self._problems = Counter(
+            "mica_operation_problems", "Operations that came to nothing, by why", ["verb", "code"], **common
+        )
         self._resident = Gauge("mica_daemon_resident_bytes", "Resident memory of the daemon", **common)
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one request; ``route`` is its template, empty where no route matched."""
         self._requests.labels(method if route else "", route, f"{status // 100}xx").observe(seconds)
+
+    def operation(self, ended: Operation) -> None:
+        """Count an operation that has ended."""
+        began = ended.created_at if ended.started_at is None else ended.started_at
+        seconds = max(0.0, (began if ended.ended_at is None else ended.ended_at) - began)
+        self._ended.labels(ended.verb, ended.state.value).observe(seconds)
+        if ended.problem is not None:
+            self._problems.labels(ended.verb, ended.problem.code.value).inc()
 
     async def render(self, engine: Facade) -> bytes:
         """The page, with the engine's numbers of now."""

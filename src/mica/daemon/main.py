@@ -55,6 +55,7 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
         consoles, guests, host = Consoles(settings.log_dir), AgentGuests(), builder.host()
         stack.push_async_callback(consoles.close)
         stack.push_async_callback(guests.close)
+        lifetime = Lifetime()
         ports = Ports(
             records=Records(store),
             clock=builder.clock,
@@ -67,7 +68,7 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
             guests=guests,
             policy=builder.policy(host.capacity().memory),
         )
-        engine = await stack.enter_async_context(Engine(ports).running())
+        engine = await stack.enter_async_context(Engine(ports, on_ended=lifetime.metrics.operation).running())
         execs = await stack.enter_async_context(
             ExecSessions(guests, ExecRows(ports.records), settings.home / "execs", builder.clock).running(
                 await engine.views.running()
@@ -84,11 +85,10 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
             started_at=builder.clock.now(),
         )
         await stack.enter_async_context(LogKeeper(settings.log_dir, hypervisor.let_log_grow).running())
-        yield await stack.enter_async_context(_server(settings, service, logger))
+        yield await stack.enter_async_context(_server(settings, service, lifetime, logger))
 
 
-def _server(settings: Settings, service: Service, logger: logging.Logger) -> ApiServer:
-    lifetime = Lifetime()
+def _server(settings: Settings, service: Service, lifetime: Lifetime, logger: logging.Logger) -> ApiServer:
     access = Access(uid=settings.uid, token=_token(settings) if settings.listen else "")
     app = create_app(service, access=access, log=logger, lifetime=lifetime)
     gid = _group() if settings.uid == 0 else None

@@ -122,10 +122,14 @@ class Ports:
 
 @dataclass(frozen=True)
 class Env(Ports):
-    """Everything a step may use: the ports, and what the engine itself has in memory."""
+    """Everything a step may use: the ports, and what the engine itself has in memory.
+
+    ``on_ended`` is told of each operation that has ended, once it is written.
+    """
 
     machines: Machines
     sampler: Sampler
+    on_ended: Callable[[Operation], None]
 
 
 @dataclass
@@ -159,6 +163,7 @@ class Step:
     """``cancellable``: ``do`` may be interrupted where it stands, its ``undo`` cleans up. ``timeout_s`` bounds each.
 
     ``follows``: once the step before is done there is no way back before this one, whoever wants to cancel.
+    ``words`` are what a reader sees while it runs ("making the disks"); ``name`` is what the journal knows it by.
     """
 
     name: str
@@ -167,6 +172,11 @@ class Step:
     cancellable: bool = True
     follows: bool = False
     timeout_s: float = 120.0
+    words: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.words:
+            object.__setattr__(self, "words", self.name)
 
 
 @dataclass

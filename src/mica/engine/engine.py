@@ -43,7 +43,8 @@ ENGINE = By("mica", "engine")
 class Engine:
     """One host's engine. Use :meth:`running`; every other method needs it to run.
 
-    ``definitions`` are the verbs it knows, by name; ``new_id`` makes the ids of VMs and operations.
+    ``definitions`` are the verbs it knows, by name; ``new_id`` makes the ids of VMs and operations; ``on_ended`` is
+    told of each operation that has ended.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class Engine:
         ports: Ports,
         definitions: Mapping[str, Definition] = DEFINITIONS,
         new_id: Callable[[], uuid.UUID] = uuid.uuid4,
+        on_ended: Callable[[Operation], None] = lambda _: None,
     ) -> None:
         self._definitions = definitions
         self._new_id = new_id
         self.sampler = UsageSampler(ports)
-        self.env = Env(**vars(ports), machines=self, sampler=self.sampler)
+        self.env = Env(**vars(ports), machines=self, sampler=self.sampler, on_ended=on_ended)
         self.views = Views(self.env, self)
         self.loops = make_loops(self.env, self)
         self._vms: dict[str, VmActor] = {}
@@ -293,6 +295,8 @@ class Engine:
         if key[0]:
             draft.put(env.records.keys, key[0], Claim(operation.id, key[1], now), ABSENT)
         await env.records.commit(draft)
+        if operation.state.ended:
+            env.on_ended(operation)
         return operation
 
     def _check_queue(self, definition: Definition, operation: Operation) -> None:
@@ -346,7 +350,9 @@ class Engine:
         actor.stuck = None
         if how == "retry":
             actor.enqueue(operation)
-        elif isinstance(actor, VmActor):
+            return operation
+        self.env.on_ended(operation)
+        if isinstance(actor, VmActor):
             await self._mark_unfinished(actor.vm_id, operation)
             actor.look()
         return operation

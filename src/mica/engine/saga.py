@@ -155,7 +155,7 @@ class Runner:
 
     async def _do(self, step: Step) -> None:
         # A step that is repeated after a crash writes "started" again: the journal shows that it was.
-        await self._append(step.name, StepEvent.STARTED, durable=False, text=step.name)
+        await self._append(step.name, StepEvent.STARTED, durable=False, text=step.words)
         try:
             output = to_plain(await self._bounded(step))
         except MicaError as error:
@@ -181,7 +181,7 @@ class Runner:
         if interrupted:
             raise MicaError.of(_cancelled())
         if work.cancelled():
-            raise MicaError(Code.INTERNAL, f"step {step.name} lost something it was waiting for", retryable=True)
+            raise MicaError(Code.INTERNAL, f"{step.words} lost something it was waiting for", retryable=True)
         outcome = work.result()
         if isinstance(outcome, Exception):
             raise outcome
@@ -202,7 +202,7 @@ class Runner:
         )
 
     async def _undo(self, step: Step) -> None:
-        await self._append(step.name, StepEvent.UNDO_STARTED, durable=False, text=f"undoing {step.name}")
+        await self._append(step.name, StepEvent.UNDO_STARTED, durable=False, text=step.words)
         try:
             if step.undo is not None:
                 async with within(self._env.clock, step.timeout_s):
@@ -258,6 +258,7 @@ class Runner:
             ms=round((now - ended.created_at) * 1000),
             problem=problem.message if problem else None,
         )
+        self._env.on_ended(ended)
         return ended
 
     async def _write(self, change: Callable[[Operation], Operation], *, durable: bool = True) -> Operation:
@@ -304,7 +305,7 @@ class Runner:
 
 
 def _too_slow(step: Step) -> MicaError:
-    return MicaError(Code.TIMEOUT, f"step {step.name} took longer than {format_duration(step.timeout_s)}")
+    return MicaError(Code.TIMEOUT, f"{step.words} took longer than {format_duration(step.timeout_s)}")
 
 
 def _state_of(problem: Problem) -> OperationState:

@@ -122,7 +122,7 @@ class CountingStore(FaultyStore):
 
 
 class Rig:
-    """A world, a store and a clock that outlive the engines."""
+    """A world, a store and a clock that outlive the engines. ``ended``: the operations whose end an engine told of."""
 
     def __init__(self, policy: Policy | None = None, **world: Any) -> None:
         self.clock = VirtualClock()
@@ -131,6 +131,7 @@ class Rig:
         self.records = Records(self.store)
         self.policy = policy
         self.crashes = 0
+        self.ended: list[Operation] = []
         self._ids = itertools.count()
 
     def _new_id(self) -> uuid.UUID:
@@ -150,7 +151,8 @@ class Rig:
     ) -> AsyncIterator[Life]:
         """An engine until the block ends or a :class:`Crash` ends it, which is counted in ``crashes`` and no error."""
         store = CountingStore(self.store, faults)
-        engine = Engine(simulated_ports(self.world, Records(store), self.policy), definitions, self._new_id)
+        ports = simulated_ports(self.world, Records(store), self.policy)
+        engine = Engine(ports, definitions, self._new_id, self.ended.append)
         try:
             async with engine.running():
                 yield Life(self, store, engine)

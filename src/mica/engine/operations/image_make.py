@@ -170,8 +170,8 @@ MAKE_DEFINITION = Definition(
     params=ImageMake,
     plan=plan_make,
     steps=lambda _: (
-        Step("make", make, undo_make, timeout_s=3600.0),
-        Step("record", record, undo_record, cancellable=False),
+        Step("make", make, undo_make, timeout_s=3600.0, words="making the image"),
+        Step("record", record, undo_record, cancellable=False, words="adding it to the images"),
     ),
     result=made,
     creates=True,
@@ -181,12 +181,15 @@ DELETE_DEFINITION = Definition(
     noun="image",
     params=NoParams,
     plan=plan_delete,
-    steps=lambda _: (Step("unrecord", unrecord, undo_unrecord), Step("remove", remove, cancellable=False)),
+    steps=lambda _: (
+        Step("unrecord", unrecord, undo_unrecord, words="taking it from the images"),
+        Step("remove", remove, cancellable=False, words="deleting its files"),
+    ),
 )
 VERIFY_DEFINITION = Definition(
     verb="image.verify",
     noun="image",
     params=NoParams,
     plan=plan_existing,
-    steps=lambda _: (Step("verify", verify, timeout_s=3600.0),),
+    steps=lambda _: (Step("verify", verify, timeout_s=3600.0, words="reading all of it"),),
 )

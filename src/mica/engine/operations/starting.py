@@ -214,12 +214,12 @@ async def run(context: Context) -> None:
     await set_state(context.env, context.vm_id, lambda o: replace(moved(context.env, o, state), agent=seen.agent))
 
 
-PROMISE = Step("promise", promise, undo_promise)
+PROMISE = Step("promise", promise, undo_promise, words="reserving memory")
 START: tuple[Step, ...] = (
-    Step("begin", begin, undo_begin),
-    Step("prepare", prepare, undo_prepare),
-    Step("slice", make_slice, undo_slice),
-    Step("network", attach_networks, undo_networks),
-    Step("launch", launch, undo_launch),
-    Step("run", run),
+    Step("begin", begin, undo_begin, words="preparing the start"),
+    Step("prepare", prepare, undo_prepare, words="preparing its disks"),
+    Step("slice", make_slice, undo_slice, words="making its control group"),
+    Step("network", attach_networks, undo_networks, words="connecting its network"),
+    Step("launch", launch, undo_launch, words="launching QEMU"),
+    Step("run", run, words="letting its vCPUs go"),
 )

@@ -204,8 +204,8 @@ async def _put_away(context: Context, how: How) -> None:
 
 
 STOP: tuple[Step, ...] = (
-    Step("stop-begin", begin, undo_begin),
+    Step("stop-begin", begin, undo_begin, words="preparing to stop it"),
     # The guest's own time-out may be a day; whatever else the step waits for has a deadline of its own.
-    Step("halt", halt, undo_halt, timeout_s=86400.0 + 3 * MARGIN_S),
-    Step("release", release, cancellable=False, follows=True),
+    Step("halt", halt, undo_halt, timeout_s=86400.0 + 3 * MARGIN_S, words="stopping the machine"),
+    Step("release", release, cancellable=False, follows=True, words="letting go of its memory and network"),
 )

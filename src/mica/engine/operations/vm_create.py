@@ -245,9 +245,9 @@ async def finish(context: Context) -> None:
 
 
 CREATE = (
-    Step("record", record, undo_record),
-    Step("volumes", make_volumes, undo_volumes, timeout_s=3600.0),
-    Step("finish", finish, cancellable=False),
+    Step("record", record, undo_record, words="writing it down"),
+    Step("volumes", make_volumes, undo_volumes, timeout_s=3600.0, words="making its disks"),
+    Step("finish", finish, cancellable=False, words="handing it over"),
 )
 
 

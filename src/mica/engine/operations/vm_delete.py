@@ -81,7 +81,7 @@ async def untrash(context: Context) -> None:
 
 
 def delete_steps(operation: Operation) -> Sequence[Step]:
-    end = Step("trash", trash, untrash, cancellable=False)
+    end = Step("trash", trash, untrash, cancellable=False, words="moving it to the trash")
     return (*STOP, end) if operation.params.get("force") else (end,)
 
 
@@ -159,7 +159,10 @@ async def forget(context: Context) -> None:
 
 
 def purge_steps(operation: Operation) -> Sequence[Step]:
-    end = (Step("empty", empty, undo_empty, cancellable=False), Step("forget", forget, cancellable=False, follows=True))
+    end = (
+        Step("empty", empty, undo_empty, cancellable=False, words="deleting its disks"),
+        Step("forget", forget, cancellable=False, follows=True, words="deleting its logs and records"),
+    )
     return (*STOP, *end) if operation.params.get("force") else end
 
 
@@ -181,7 +184,10 @@ RESTORE_DEFINITION = Definition(
     noun="vm",
     params=VmRestore,
     plan=plan_restore,
-    steps=lambda _: (Step("record", record, undo_restore), Step("restore", untrash, cancellable=False)),
+    steps=lambda _: (
+        Step("record", record, undo_restore, words="taking its name again"),
+        Step("restore", untrash, cancellable=False, words="taking it out of the trash"),
+    ),
     state_verb=VmVerb.RESTORE,
     anchored=True,
     result=result,

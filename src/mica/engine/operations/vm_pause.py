@@ -64,8 +64,8 @@ async def _unless_ended(context: Context, back: Callable[[Context], Awaitable[No
             raise
 
 
-PAUSE = (Step("pause", hold, undo_hold, timeout_s=30.0),)
-RESUME = (Step("resume", let_go, undo_let_go, timeout_s=30.0),)
+PAUSE = (Step("pause", hold, undo_hold, timeout_s=30.0, words="holding its vCPUs"),)
+RESUME = (Step("resume", let_go, undo_let_go, timeout_s=30.0, words="letting its vCPUs go"),)
 
 PAUSE_DEFINITION = Definition(
     verb=VmVerb.PAUSE, noun="vm", params=NoParams, plan=plan_pause, steps=lambda _: PAUSE, state_verb=VmVerb.PAUSE

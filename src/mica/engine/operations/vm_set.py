@@ -161,7 +161,10 @@ def result(context: Context) -> dict[str, Any]:
     return {"pending": context.outputs["apply"]}
 
 
-STEPS = (Step("record", record, undo_record), Step("apply", apply, undo_apply))
+STEPS = (
+    Step("record", record, undo_record, words="writing it down"),
+    Step("apply", apply, undo_apply, words="changing what can be changed while it runs"),
+)
 
 DEFINITION = Definition(
     verb=VmVerb.SET,
