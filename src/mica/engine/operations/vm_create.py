@@ -5,7 +5,6 @@ When anything fails, nothing of the VM is left.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from mica.engine.records import Claim, Draft, ImageRow
 from mica.engine.settle import moved, set_state
 from mica.model.errors import Code, MicaError, invalid
 from mica.model.image import Firmware, Image
+from mica.model.mac import mac_address
 from mica.model.operation import Operation
 from mica.model.transitions import VmVerb
 from mica.model.units import MIB, Bytes, format_size
@@ -47,14 +47,8 @@ MAX_SLOTS = 16384
 MAX_STEM = 56
 
 
-def generate_mac(vm_id: str, index: int) -> str:
-    """A locally administered unicast address (IEEE 802, bit 1 of the first octet), the same for ever for one NIC."""
-    seed = uuid.uuid5(uuid.UUID(vm_id), f"nic{index}").bytes
-    return ":".join(f"{b:02x}" for b in (0x52, *seed[:5]))
-
-
 def with_macs(vm_id: str, nics: Sequence[NicSpec]) -> tuple[NicSpec, ...]:
-    return tuple(n if n.mac else replace(n, mac=generate_mac(vm_id, i)) for i, n in enumerate(nics))
+    return tuple(n if n.mac else replace(n, mac=mac_address(vm_id, n.name)) for n in nics)
 
 
 async def find_image(env: Env, ref: str) -> ImageRow | None:
