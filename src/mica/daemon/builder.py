@@ -30,7 +30,9 @@ from mica.qemu.discover import BINARY, Qemu, write_atomically
 from mica.qemu.discover_firmware import best_uefi
 from mica.qemu.hypervisor import FIXED_FILE_LIMIT, MIN_FILE_LIMIT, QemuHypervisor, can_direct_io
 from mica.qemu.jail import Jail, JailUsers, detect
+from mica.storage.branches import DirectoryBranches
 from mica.storage.directory import DirectoryVolumes
+from mica.storage.parts import DirectoryParts
 
 USERS = JailUsers()
 
@@ -127,7 +129,16 @@ class Builder:
         home = self.settings.home
         template = Path(self.firmware.vars) if self.firmware else None
         qemu_img = shutil.which("qemu-img", path=self.settings.path) or ""
-        return DirectoryVolumes(home / "volumes", qemu_img, template, bases=(home / "images",))
+        images, parts = home / "images", home / "parts"
+        return DirectoryVolumes(home / "volumes", qemu_img, template, bases=(images,), parts=parts)
+
+    def parts(self) -> DirectoryParts:
+        return DirectoryParts(self.settings.home / "parts")
+
+    def branches(self) -> DirectoryBranches:
+        home = self.settings.home
+        qemu_img = shutil.which("qemu-img", path=self.settings.path) or ""
+        return DirectoryBranches(home / "volumes", home / "parts", qemu_img, bases=(home / "images",))
 
     async def doctor(self, share: HostSlices, fresh: bool) -> DoctorReport:
         """Examine the host now."""
@@ -172,7 +183,6 @@ class Builder:
             probe=self.probe,
             users=USERS,
             runtime_dir=s.runtime_dir,
-            ram_dir=s.ram_dir,
             log_dir=s.log_dir,
             join_slice=share.join,
             clock=self.clock,

@@ -15,10 +15,8 @@ from enum import StrEnum
 import msgspec
 
 from mica.model.units import Bytes
+from mica.model.vm import NVRAM as NVRAM
 from mica.model.vm import VmSpec
-
-# The disk whose layers are the UEFI variables.
-NVRAM = "nvram"
 
 
 class PartKind(StrEnum):

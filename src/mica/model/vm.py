@@ -24,6 +24,8 @@ MAX_NICS = 8
 MAX_CPUS = 255
 MIN_MEMORY = Bytes(32 * MIB)
 MIN_DISK = Bytes(MIB)
+# What the UEFI variables are called among the disks of a VM.
+NVRAM = "nvram"
 
 
 class Machine(StrEnum):
@@ -271,6 +273,8 @@ def _check_disks(spec: VmSpec) -> None:
         raise invalid(f"a VM has at most {MAX_DISKS} disks and {MAX_NICS} NICs")
     for disk in spec.disks:
         check_name(disk.name, "disk name")
+        if disk.name == NVRAM:
+            raise invalid(f"no disk can be named {NVRAM!r}, as the UEFI variables are", hint="choose another name")
         if disk.size < MIN_DISK:
             raise invalid(f"disk {disk.name} of {format_size(disk.size)} is below {format_size(MIN_DISK)}")
         if disk.limits.iops < 0 or disk.limits.bytes_per_s < 0:

@@ -26,9 +26,15 @@ class Parts(Protocol):
     def path(self, part_id: str) -> Path:
         """Where the file lies, whether it is there or not."""
 
+    async def scratch(self, name: str) -> Path:
+        """An empty or earlier directory called ``name`` for files that are on their way to be kept."""
+
+    async def drop_scratch(self, name: str) -> None: ...
+
     async def keep(self, part_id: str, source: Path) -> None:
-        """Take a finished file over, from any file system; ``source`` is gone afterwards. Raises ``not-found``,
-        ``insufficient-disk`` before anything is written."""
+        """Take a finished file over, from any file system; ``source`` is gone afterwards, and an earlier file of that
+        part with it. On one file system nothing waits for the disk. Raises ``not-found``, ``insufficient-disk``
+        before anything is written, ``corrupt`` when ``source`` is no ordinary file."""
 
     async def seal(self, part_id: str, report: Callable[[float], None]) -> Seal:
         """Bring the file to disk (fsync), make it read-only and checksum it. ``report`` is told 0.0 to 1.0."""
@@ -39,7 +45,7 @@ class Parts(Protocol):
     async def remove(self, part_id: str) -> None: ...
 
     async def present(self) -> set[str]:
-        """Ids of all parts that have a file, for the reaper."""
+        """Ids of all parts that have a file, also an unfinished one, for the reaper."""
 
 
 class Branches(Protocol):
@@ -49,19 +55,28 @@ class Branches(Protocol):
 
         freeze ──► stage ──► take        the VM's file is a part now; the new file over it is the VM's
                         └──► unstage     as it was
+
+    A staged file has its final name: a machine that has it open finds it there before and after ``take``.
     """
 
     async def freeze(self, vm_id: str, disk: DiskSpec, part_id: str) -> None:
-        """Give the file that the disk now is a second name, as a part. A machine may be writing to it still."""
+        """Give the file that the disk now is a second name, as a part. A machine may be writing to it still.
+
+        Raises ``not-found``, ``corrupt``, ``exists`` when the part is another file, ``host-lacks`` where files cannot
+        have two names.
+        """
 
     async def stage(self, vm_id: str, disk: DiskSpec, base: Path, owner: tuple[int, int] | None) -> Volume:
         """Make the file that the disk goes on with, an empty layer over ``base``, beside the present one.
 
-        Raises ``insufficient-disk`` before anything is written.
+        It is as large as ``base``. ``base`` may be any snapshot's layer, and the disk may be one that the VM has not
+        now. What is staged over that base already stays as it is, over another one it is replaced. Raises
+        ``insufficient-disk`` before anything is written, ``state-conflict`` when it would have too many layers below.
         """
 
     async def take(self, vm_id: str) -> None:
-        """Put every staged file in the place of the present one, which stays only as what it was frozen as."""
+        """Put every staged file in the place of the present one, which stays only as what it was frozen as, and then
+        is read-only for everybody and readable for all machines that are shown it."""
 
     async def unstage(self, vm_id: str) -> None:
         """Remove staged files. The parts that were frozen are the caller's to remove."""

@@ -3,6 +3,9 @@
 QEMU says with locks what it does to a file and what it tolerates (QEMU source, ``block/file-posix.c``: byte 100 + n
 is locked by whoever uses permission n, byte 200 + n by whoever refuses it to others; write is n = 1). ``qemu-img
 info`` notices only part of that: it opens a raw image that a machine is writing without a word.
+
+What a header says is believed only where no machine could have written it, which is so for images. For all else there
+is a record of what the file was made as.
 """
 
 from __future__ import annotations
@@ -41,6 +44,23 @@ class Layer(msgspec.Struct, frozen=True):
     base_format: str = ""
 
 
+class Record(msgspec.Struct, frozen=True):
+    """What a file was made as. ``base`` is an absolute path, empty when there is none.
+
+    ``generation`` counts the files that a disk has had; a part has none.
+    """
+
+    format: DiskFormat
+    base: str = ""
+    base_format: DiskFormat = DiskFormat.RAW
+    generation: int = 0
+
+    def same_as(self, other: Record) -> bool:
+        """Whether both describe the same content, in whichever generation."""
+        mine, theirs = ((r.format, r.base, r.base_format) for r in (self, other))
+        return mine == theirs
+
+
 def damaged(path: Path, what: str) -> MicaError:
     return MicaError(
         Code.CORRUPT,
@@ -66,11 +86,51 @@ def read_layer(path: Path, format_: DiskFormat) -> Layer:
     return Layer(path, format_, header.size, header.backing, header.backing_format)
 
 
-def read_chain(path: Path, format_: DiskFormat, bases: Sequence[Path] = ()) -> list[Layer]:
+def layer_record(parts: Path, part_id: str) -> Path:
+    """Where it is written down what the part was made as."""
+    return parts / f"{part_id}.layer.json"
+
+
+def read_record(path: Path) -> Record:
+    """Raises ``corrupt``, :class:`FileNotFoundError`."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Record)
+    except msgspec.MsgspecError as error:
+        raise damaged(path, str(error)) from error
+
+
+def read_part(path: Path) -> Layer:
+    """A part that is a disk's layer, whose header says what its record says. Raises ``corrupt``, ``not-found``."""
+    about = layer_record(path.parent, path.name)
+    with naming(path):
+        path.lstat()
+    try:
+        record = read_record(about)
+    except FileNotFoundError:
+        raise damaged(about, "it is missing, so nobody knows what the layer was made from") from None
+    layer = read_layer(path, record.format)
+    compare(layer, record)
+    return layer
+
+
+def compare(found: Layer, record: Record) -> None:
+    """Raises ``corrupt`` when a header does not say what the file was made as."""
+    if record.format is DiskFormat.RAW:
+        return  # there is no header, and a base was copied
+    if (found.base, found.base_format) != (record.base, record.base_format.value if record.base else ""):
+        raise damaged(
+            found.path,
+            f"its header names {found.base or 'no base'} ({found.base_format or 'no format'}), "
+            f"but it was made over {record.base or 'nothing'}",
+        )
+
+
+def read_chain(path: Path, format_: DiskFormat, bases: Sequence[Path] = (), parts: Path | None = None) -> list[Layer]:
     """The file and all that lies below it, nearest first.
 
-    Where ``bases`` are given, everything below lies in one of those directories. Raises ``corrupt``, ``not-found``
-    naming the missing file, ``forbidden``, ``in-use`` when somebody writes to a file below.
+    Where ``bases`` are given, everything below lies in one of those directories. What lies in the directory ``parts``
+    has been written by machines: its headers say what its records say. Raises ``corrupt``, ``not-found`` naming the
+    missing file, ``forbidden``, ``in-use`` when somebody writes to a file below.
     """
     layers = [read_layer(path, format_)]
     while layers[-1].base:
@@ -87,7 +147,7 @@ def read_chain(path: Path, format_: DiskFormat, bases: Sequence[Path] = ()) -> l
             raise damaged(top.path, f"it lies over {below}, which is no image of this host")
         if not below.exists():
             raise not_found("image file", str(below), hint=f"{top.path} was made over it; import that image again")
-        layers.append(read_layer(below, DiskFormat(top.base_format)))
+        layers.append(read_part(below) if below.parent == parts else read_layer(below, DiskFormat(top.base_format)))
         require_unused(below, writing=False)
     return layers
 

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
+import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -69,7 +71,8 @@ def need_space(directory: Path, needed: int, reserve: int) -> None:
         Code.INSUFFICIENT_DISK,
         f"{directory} has {format_size(free)} free, of which {format_size(kept)} stay reserved for the host; "
         f"{format_size(needed)} are needed",
-        hint="delete images (mica image list) or VMs for good (mica vm delete --purge), or grow the file system",
+        hint="delete snapshots (mica snapshot list), images (mica image list) or VMs for good "
+        "(mica vm delete --purge), or grow the file system",
         retryable=True,
         details={"free": free, "reserve": kept, "needed": needed, "path": str(directory)},
     )
@@ -106,6 +109,38 @@ def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
     put_in_place(temporary, path)
 
 
+def fresh(temporary: Path) -> None:
+    """An empty file that only we may read, for whoever fills it; what an earlier attempt left there is gone."""
+    temporary.unlink(missing_ok=True)
+    temporary.touch(mode=0o600, exist_ok=False)
+
+
+def give_up(temporary: Path) -> None:
+    """Leave nothing of what could not be finished."""
+    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other volumes are in the directory
+        temporary.parent.rmdir()
+
+
+def hand_over(path: Path, owner: tuple[int, int] | None) -> None:
+    """Nobody else's to read or write."""
+    path.chmod(0o600)
+    if owner is not None:
+        os.chown(path, *owner, follow_symlinks=False)
+
+
+def make_read_only(path: Path) -> None:
+    """Nobody's to write from now on, and ours, whoever made it. Who has it open for writing can still write."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        os.fchown(descriptor, os.geteuid(), os.getegid())
+        os.fchmod(descriptor, 0o444)
+    finally:
+        os.close(descriptor)
+
+
 def reflink(source: Path, target: Path) -> bool:
     """Make ``target`` share the blocks of ``source`` where the file system can; say whether it could."""
     with source.open("rb") as from_, target.open("wb") as to:
@@ -118,15 +153,18 @@ def reflink(source: Path, target: Path) -> bool:
     return True
 
 
-async def in_thread(function: Callable[..., object], *arguments: object) -> None:
+async def in_thread(function: Callable[..., T], *arguments: object, stop: threading.Event | None = None) -> T:
     """Run what waits for the disk in a thread. Who is cancelled meanwhile gets to know once it has ended.
 
     Otherwise it would go on behind the back of whoever cleans up; a disk that hangs is waited for ten seconds.
+    ``stop`` is set then, for what takes long and looks at it.
     """
     work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
-        await asyncio.shield(work)
+        return await asyncio.shield(work)
     except asyncio.CancelledError:
+        if stop is not None:
+            stop.set()
         done, _ = await asyncio.wait([work], timeout=_CANCEL_GRACE_S)
         for ended in done:
             ended.exception()  # seen: the cancellation is what is raised

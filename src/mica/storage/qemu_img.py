@@ -54,8 +54,11 @@ class QemuImg:
         self._path = path
 
     async def create(self, image: Path, size: int, base: Path | None, base_format: DiskFormat) -> None:
-        """Make an empty qcow2 image, a layer over ``base`` where there is one."""
-        below = ("-b", str(base), "-F", base_format, "-o", _LAYER_OPTIONS) if base is not None else ()
+        """Make an empty qcow2 image, a layer over ``base`` where there is one.
+
+        ``base`` is not opened (``-u``): a machine may be writing to what is going to be a part.
+        """
+        below = ("-u", "-b", str(base), "-F", base_format, "-o", _LAYER_OPTIONS) if base is not None else ()
         await self._run(("create", "-q", "-f", "qcow2", *below, str(image), str(size)), image)
 
     async def convert(self, source: Path, from_: DiskFormat, image: Path, to: DiskFormat, size: int) -> None:
