@@ -283,15 +283,18 @@ class GuestAgent:
         *,
         env: Sequence[str] | None = None,
         capture: bool = True,
+        stdin: bytes | None = None,
     ) -> int:
         """Start a program as the agent's own user and return its pid; ``env`` replaces the environment (``A=b``)."""
         request: dict[str, Any] = {"path": path, "arg": list(arguments), "capture-output": capture}
         if env is not None:
             request["env"] = list(env)
+        if stdin is not None:
+            request["input-data"] = stdin
         return (await self.call(Request[ExecPid]("guest-exec", ExecPid, request))).pid
 
-    def status_request(self, pid: int) -> Request[ExecStatus]:
-        return Request("guest-exec-status", ExecStatus, {"pid": pid}, self._max_reply)
+    def status_request(self, pid: int, *, limit: int | None = None) -> Request[ExecStatus]:
+        return Request("guest-exec-status", ExecStatus, {"pid": pid}, limit or self._max_reply)
 
     async def exec_status(self, pid: int) -> ExecStatus:
         """What has become of a process. Says ``exited`` once; asking again is refused."""
