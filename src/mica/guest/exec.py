@@ -133,8 +133,10 @@ class GuestExec:
 
     async def _tell(self) -> None:
         sequence = self.record.sequence
-        await self._runner.submit(command_script(self.record.spec, sequence), numbered=sequence)
+        await self._runner.arm(sequence - 1)
+        # Not when the agent has answered: a guest with one processor often runs the command first.
         self._begun = self._moved = time.monotonic()
+        await self._runner.submit(command_script(self.record.spec, sequence), numbered=sequence)
 
     # What a user of it does
 
@@ -189,10 +191,11 @@ class GuestExec:
         Cancelling this leaves the command running in the guest. A guest that cannot be given the command any more makes
         the exec ``failed``.
         """
-        pause = MIN_PAUSE_S if self._resumed else self._runners.typical_s
+        pause = MIN_PAUSE_S
         try:
             if not self._resumed:
                 await self._submit()
+                pause = self._begun + self._runners.typical_s - time.monotonic()
             self._submitted.set()
             while not self.record.state.final:
                 await self._sleep(pause)
@@ -366,7 +369,8 @@ class GuestExec:
 
     async def _tidy(self) -> None:
         events = self._events
-        quick = all((self._stream_events(s).ended or 0) <= 1 for s in Stream)
+        # A pump that found no space has ended.
+        quick = all((e.ended or 0) <= 1 and not e.failed for e in (events.out, events.err))
         reusable = events.over and quick and not (self._resumed or self._ending.sent or self._stdin or self._lost)
         handles = [handle for reader in self._readers.values() for handle in reader.leftovers()]
         if self._stdin is not None:

@@ -28,7 +28,7 @@ MAX_REUSE = 500
 START_TIMEOUT_S = 20.0
 RETRY_S = (1.0, 4.0, 15.0, 60.0)
 MIN_TYPICAL_S = 0.001
-MAX_TYPICAL_S = 0.008
+MAX_TYPICAL_S = 0.016
 MAX_FIRST = 256 * KIB
 """A runner whose first segments hold more than this is not used again."""
 
@@ -147,7 +147,7 @@ class Runner:
         self.forget()
         if closing:
             await self.agent.batch([self.agent.close_request(handle) for handle in closing])
-        await self._run(script.RETIRE, [self.directory, str(self.pid)])
+        await self._run(script.RETIRE, [self.directory])
         try:
             await self.agent.exec_wait(self.pid, timeout_s=5.0)
         except AgentRefusedError:

@@ -3,7 +3,9 @@
 A *runner* is a shell that waits for commands in a directory of its own (mode 0700) and executes them one after the
 other. It exists because a daemon may die at any moment: what a command writes must lie in files that can be read
 again, and its exit status must outlive the agent's one and only answer about it. And because it is quick: starting
-a process from the agent costs more than everything else together, and the two pumps wait ready-made.
+a process from the agent costs more than everything else together, and the two pumps wait ready-made. A pump serves
+one command after the other: it opens its FIFO, which waits for the runner to open the other end for a command, and
+reads until nobody writes any more.
 
 Files in the directory::
 
@@ -21,9 +23,6 @@ A pump copies a pipe into segments. ``dd`` counts reads, not bytes, so a segment
 everything that was written appears at once. When ``K`` segments are unread the pump waits, then the pipe fills, then
 the command waits: the guest never holds more than K + 1 MiB for each stream. A runner whose command needed more than
 segment 0 is not used again.
-
-Redirections of the pumps stand on a group, not on the function: around a function call dash keeps copies of what it
-closes, and a pump that holds the writing end of its own pipe never sees its end.
 
 Shell in dash and busybox reads a FIFO byte by byte, which costs a system call each: lines are short, and whatever is
 longer goes through a file. The process of the next command is forked beforehand and waits for its number; but only
@@ -57,9 +56,10 @@ done
 cd "$D" && mkfifo c o e i s ao ae || exit 4
 mica_log() { echo "$*" >>"$D/l"; }
 mica_pump() {
-  n=0 k=0
+  i=$((i + 1)) n=0 k=0
+  exec 5<$1
   while :; do
-    LC_ALL=C dd bs=@BLOCK@ count=@READS@ 2>"t$1" >>"$1.$n" || { mica_log w $i $1 $n; exit; }
+    LC_ALL=C dd bs=@BLOCK@ count=@READS@ <&5 2>"t$1" >>"$1.$n" || { mica_log w $i $1 $n; exit; }
     IFS='+ ' read -r a b r <"t$1"
     case $a$b in
       '' | *[!0-9]*) [ $n = 0 ] || [ -s "$1.$n" ] || break ;;
@@ -102,17 +102,12 @@ mica_feed() {
   done
 }
 i=0
+while :; do mica_pump o; done &
+while :; do mica_pump e; done &
 exec 7<>c
 while :; do
   i=$((i + 1))
-  exec 3<>o 4<>e
-  exec 5<o 6<e 8>o 9>e
-  exec 3>&- 4>&-
-  { mica_pump o; } <&5 5<&- 6<&- 7<&- 8>&- 9>&- &
-  o=$!
-  { mica_pump e; } <&6 5<&- 6<&- 7<&- 8>&- 9>&- &
-  e=$!
-  exec 5<&- 6<&-
+  exec 8>o 9>e
   [ $i = 1 ] && : >>o.0 && : >>e.0 && mica_log r $$
   (
     umask 022
@@ -129,7 +124,6 @@ while :; do
     echo q >&3
     exec 3>&-
   fi
-  wait $o $e
   read -r a <&7
 done
 """.replace("@BLOCK@", str(SEGMENT_BLOCK)).replace("@READS@", str(SEGMENT_READS))
@@ -217,32 +211,15 @@ echo start $A
 Signals the command, its descendants, and whatever of its session was started
 after it (orphans), but never the runner and its pumps. Prints the pids that took the signal."""
 
-RETIRE = (
-    r"""
-D=$1 R=$2
-case $D in */mica-*) ;; *) exit 2 ;; esac
+RETIRE = r"""
+case $1 in */mica-*) ;; *) exit 2 ;; esac
+for q in /proc/[0-9]*; do
+  [ $q/cwd -ef "$1" ] && kill -9 ${q##*/} 2>/dev/null
+done
+rm -rf "$1"
 """
-    + _PROCESSES
-    + r"""
-V=" $R "
-if [ /proc/$R/cwd -ef "$D" ]; then
-  for n in 1 2; do
-    for l in $P; do
-      IFS=' '
-      set -- $l
-      IFS='
-'
-      case $V in *" $1 "*) continue ;; *" $2 "*) V="$V$1 " ;; esac
-    done
-  done
-  IFS=' '
-  for q in $V; do kill -9 $q 2>/dev/null; done
-fi
-rm -rf "$D"
-"""
-)
-"""Arguments: a runner's directory and pid. Ends the runner, its pumps and their dd, and removes the directory. Only for
-a runner whose command has ended: what the command left running keeps running."""
+"""Argument: a runner's directory. Ends the runner, its pumps and their dd, told by where they are, and removes the
+directory. Only for a runner whose command has ended: what the command left running keeps running."""
 
 SWEEP = r"""
 K=$1

@@ -29,8 +29,10 @@ from mica.ports.execs import ExecRecords
 
 log = structlog.get_logger()
 
-# Ended commands, and their output, are kept for each VM: so many, the newest.
+# Ended commands, and their output, are kept for each VM: so many, the newest. Older ones are removed several at a time,
+# because whoever starts a command waits for it.
 KEPT = 50
+REMOVED_TOGETHER = 10
 # In the environment of commands that carry a copy: without the client that feeds it, a copy is ended, not taken over.
 COPY_MARK = "MICA_COPY"
 VM_ENDED = "the VM ended while the command ran"
@@ -284,7 +286,9 @@ class ExecSessions:
             await asyncio.to_thread(shutil.rmtree, directory)
 
     async def _prune(self, vm_id: str) -> None:
-        await self._forget([r for r in self.of(vm_id)[KEPT:] if r.state.final])
+        older = [r for r in self.of(vm_id)[KEPT:] if r.state.final]
+        if len(older) >= REMOVED_TOGETHER:
+            await self._forget(older)
 
     async def _forget(self, records: list[ExecRecord]) -> None:
         if not records:
