@@ -121,7 +121,6 @@ class QemuStand:
             probe=self.builder.probe,
             users=JailUsers(),
             runtime_dir=self.settings.runtime_dir,
-            ram_dir=self.settings.ram_dir,
             log_dir=self.settings.log_dir,
             join_slice=join,
             clock=SystemClock(),
@@ -165,7 +164,7 @@ class QemuStand:
         return True
 
     def traces(self, vm_id: str) -> list[str]:
-        out = [str(p) for d in (self.settings.runtime_dir / "vm", self.settings.ram_dir) for p in d.glob(vm_id)]
+        out = [str(p) for p in (self.settings.runtime_dir / "vm").glob(vm_id)]
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:
@@ -454,7 +453,6 @@ def test_overhead_grows_with_what_there_is_to_emulate() -> None:
             probe=None,  # type: ignore[arg-type]
             users=None,  # type: ignore[arg-type]
             runtime_dir=found,
-            ram_dir=found,
             log_dir=found,
             join_slice=None,  # type: ignore[arg-type]
             clock=clock,
@@ -513,19 +511,19 @@ async def test_a_qemu_that_hangs_is_told_in_time(qemu: QemuStand) -> None:
 
 @pytest.mark.guest
 async def test_what_a_machine_is_given(qemu: QemuStand) -> None:
-    """Its processes join the slice before they run; its files are its own; RAM is a file of the right size."""
+    """Its processes join the slice before they run; its files are its own; RAM is a file that no path names."""
     spec = msgspec.structs.replace(
         SPEC, nics=(NicSpec(name="net0", network=NetworkKind.NONE, mac="52:54:00:00:00:01"),)
     )
     runtime = await qemu.hypervisor.launch(qemu.plan(make_vm(spec=spec)))
     assert runtime.process.pid in qemu.joined
-    ram = qemu.settings.ram_dir / IDS[0]
+    ram = Path(f"/proc/{runtime.process.pid}/fd/{runtime.handle['ram']}")
     assert ram.stat().st_size == SPEC.memory
-    assert ram.stat().st_mode & 0o777 == 0o600
+    assert "memfd" in str(ram.readlink())
     run = Path(runtime.run_dir)
     assert run.stat().st_mode & 0o077 == 0
     owner = Path(f"/proc/{runtime.process.pid}").stat().st_uid
-    assert {ram.stat().st_uid, run.stat().st_uid} == {owner}
+    assert run.stat().st_uid == owner
     if os.geteuid() == 0:
         assert owner != 0
     assert runtime.accelerator in ("tcg", "kvm")

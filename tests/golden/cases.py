@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from mica.model.image import DirectBoot, DiskFormat, Firmware
+from mica.model.snapshot import MachineBuild
 from mica.model.units import GIB, MIB, Bytes
 from mica.model.vm import (
     MAX_DISKS,
@@ -24,7 +25,7 @@ from mica.model.vm import (
     check_spec,
 )
 from mica.network import addresses, slirp
-from mica.ports.hypervisor import LaunchPlan
+from mica.ports.hypervisor import LaunchPlan, Origin
 from mica.ports.volumes import Volume
 from mica.qemu.accel import Accelerator
 from mica.qemu.command_line import QemuHost, Sockets, build_arguments
@@ -39,7 +40,7 @@ class Place(msgspec.Struct, frozen=True):
 
     home: Path = Path("/var/lib/mica")
     runtime: Path = Path("/run/mica/0a1b2c3d")
-    ram: Path = Path("/dev/shm/mica-0a1b2c3d") / VM_ID
+    ram: Path = Path("/proc/self/fd/9")
     firmware: Path = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 
     @property
@@ -83,9 +84,19 @@ def _nic(name: str, last: int, *, network: str = NetworkKind.USER) -> NicSpec:
 NET0, NET1 = _nic("net0", 1), _nic("net1", 2)
 ROOT = _disk("root", image=True)
 
+# Machines of that host name begin at the state of another one.
+FORK = "fork"
+
 MICRO = VmSpec(memory=Bytes(256 * MIB), image=IMAGE, nics=(NET0,), hostname="web")
 DEBIAN = VmSpec(
     cpus=2, memory=Bytes(2 * GIB), firmware=Firmware.UEFI, image=IMAGE, disks=(ROOT,), nics=(NET0,), hostname="web"
+)
+
+ORIGIN = Origin(
+    ram="ram",
+    ram_file=Path("/nowhere/ram"),
+    devices=Path("/nowhere/devices"),
+    build=MachineBuild(qemu="", machine="", cpu="", accelerator=""),
 )
 
 SPECS: dict[str, VmSpec] = {
@@ -120,13 +131,13 @@ SPECS: dict[str, VmSpec] = {
         disks=tuple(_disk(f"d{n}") for n in range(MAX_DISKS)),
         nics=tuple(_nic(f"net{n}", n + 1) for n in range(MAX_NICS)),
     ),
+    FORK: msgspec.structs.replace(DEBIAN, hostname=FORK),
     "odd-paths": msgspec.structs.replace(DEBIAN, disks=(ROOT, _disk("data"))),
 }
 
 ODD = Place(
     home=Path("/home/a b,c=d/mica"),
     runtime=Path("/run/user/1000/mi,ca"),
-    ram=Path("/dev/shm/a,b") / VM_ID,
     firmware=Path("/opt/fw, old/CODE.fd"),
 )
 
@@ -173,6 +184,7 @@ def plan_of(spec: VmSpec, place: Place) -> LaunchPlan:
         direct_boot=direct,
         kernel=place.image / "vmlinuz" if direct else None,
         initrd=place.image / "initrd" if direct else None,
+        origin=ORIGIN if spec.hostname == FORK else None,
     )
 
 

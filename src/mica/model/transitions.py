@@ -24,6 +24,8 @@ class VmVerb(StrEnum):
     DELETE = "vm.delete"
     RESTORE = "vm.restore"
     PURGE = "vm.purge"
+    SNAPSHOT = "snapshot.create"
+    REVERT = "snapshot.restore"
 
 
 class Answer(StrEnum):
@@ -66,6 +68,13 @@ RULES: Final[dict[VmVerb, Rule]] = {
     VmVerb.RESTORE: _rule({S.TRASHED}, set(), None, S.STOPPED, "only a deleted VM can be restored"),
     VmVerb.PURGE: _rule(
         {S.STOPPED, S.CRASHED, S.TRASHED}, set(), S.DELETING, S.GONE, "stop it first, or purge with --force"
+    ),
+    VmVerb.SNAPSHOT: _rule(
+        {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), None, None, "restore it from the trash first"
+    ),
+    # Where it leads depends on the snapshot: to a running machine when that has its memory.
+    VmVerb.REVERT: _rule(
+        {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), S.STOPPING, S.RUNNING, "restore it from the trash first"
     ),
 }
 

@@ -13,6 +13,7 @@ import msgspec
 
 from mica.model.image import Firmware, Image, ImageRecipe
 from mica.model.operation import Operation
+from mica.model.snapshot import Snapshot
 from mica.model.units import Bytes
 from mica.model.vm import (
     DiskSpec,
@@ -78,8 +79,80 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     reduced: tuple[str, ...] = ()
 
 
+class SnapshotCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/vms/{vm}/snapshots``. ``memory``: with the memory and devices of a VM that runs or is paused.
+
+    ``quiesce`` has the guest's agent freeze its file systems for the moment. An empty ``name`` is made up.
+    """
+
+    name: str = ""
+    memory: bool = True
+    quiesce: bool = False
+    description: str = ""
+
+
+class SnapshotRestore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/vms/{vm}/snapshots/{snapshot}/restore``. ``keep``: the present state becomes a snapshot
+    first. ``memory`` false: only its disks and settings come back, and the VM is stopped then."""
+
+    keep: bool = True
+    memory: bool = True
+    overcommit: bool = False
+
+
+class SnapshotSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``PATCH /v1/vms/{vm}/snapshots/{snapshot}``; what is left out stays."""
+
+    name: str | None = None
+    description: str | None = None
+    protected: bool | None = None
+
+
+class VmFork(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/vms/{vm}/fork``: ``count`` running copies (1 to 100) of a VM as it is now, or as it was at
+    ``snapshot`` (its name or id). ``name``: the copies' name, or its beginning when there are several."""
+
+    count: int = 1
+    name: str = ""
+    snapshot: str = ""
+    overcommit: bool = False
+
+
+class ForkAccepted(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to a fork: an operation for each copy, whose target is the new VM; ``freeze`` is the parent's own."""
+
+    operations: tuple[Operation, ...]
+    freeze: Operation | None = None
+
+
+class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
+    """One snapshot. ``size`` is what its own parts take on the host in bytes, without what they share with others.
+
+    ``damaged`` says what a check found wrong, part by part; ``memory`` tells whether it has the memory of a running
+    machine; ``current`` whether its VM's present state descends directly from it; ``forks`` names the VMs that do too.
+    """
+
+    snapshot: Snapshot
+    generation: int
+    size: Bytes
+    memory: bool
+    current: bool
+    complete: bool
+    verified_at: float | None = None
+    damaged: tuple[str, ...] = ()
+    forks: tuple[str, ...] = ()
+
+
+class SnapshotPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Snapshots, oldest first."""
+
+    revision: int
+    items: tuple[SnapshotView, ...]
+
+
 class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``POST /v1/vms``. What is left out comes from the image; ``image`` is a name or digest, empty for none.
+    With ``snapshot`` (an id) it comes from there: the VM begins as a copy of that moment, memory and all.
 
     ``name`` empty: one is made from the image's. ``disk`` is the size of the root disk (at least the image's),
     ``disks`` are further, empty ones. ``start`` starts it too, ``overcommit`` insists where memory does not suffice.
@@ -87,6 +160,7 @@ class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     name: str = ""
     image: str = ""
+    snapshot: str = ""
     cpus: int | None = None
     memory: Bytes | None = None
     disk: Bytes | None = None

@@ -29,7 +29,8 @@ class Parts(Protocol):
     async def scratch(self, name: str) -> Path:
         """An empty or earlier directory called ``name`` for files that are on their way to be kept."""
 
-    async def drop_scratch(self, name: str) -> None: ...
+    async def drop_scratch(self, name: str) -> None:
+        """Remove it with what is in it."""
 
     async def keep(self, part_id: str, source: Path) -> None:
         """Take a finished file over, from any file system; ``source`` is gone afterwards, and an earlier file of that

@@ -107,7 +107,7 @@ def _devices(plan: LaunchPlan, host: QemuHost, sockets: Sockets) -> Arguments:
         parts.append(disk.arguments(d, volumes[d.name], bus, bootindex=index, direct_io=host.direct_io))
     for hub, n in enumerate(spec.nics):
         index = boot_index(plan, n.name)
-        parts.append(nic.arguments(n, attached[n.name], bus, hub=hub, bootindex=index))
+        parts.append(nic.arguments(n, attached[n.name], bus, hub=hub, bootindex=index, apart=plan.origin is not None))
     return concat(parts)
 
 
@@ -136,10 +136,10 @@ def build_arguments(plan: LaunchPlan, host: QemuHost, sockets: Sockets, ram: Pat
             host.build.machine("q35"),
             code_node=firmware.CODE if uefi else None,
             vars_node=firmware.VARS if uefi else None,
-            vmgenid=host.build.has_device("vmgenid"),
+            vmgenid=(plan.generation_id or plan.vm.id) if host.build.has_device("vmgenid") else "",
         ),
         machine.processors(spec, host.accelerator),
-        machine.memory(spec, ram),
+        machine.memory(spec, ram, share=plan.origin is None),
         pairs("rtc", "", base="utc", driftfix="slew"),
         pairs("msg", "", timestamp=True),
         display.headless(),
@@ -154,5 +154,6 @@ def build_arguments(plan: LaunchPlan, host: QemuHost, sockets: Sockets, ram: Pat
         _devices(plan, host, sockets),
         # Held until the engine lets it run.
         flag("S"),
+        flag("incoming", "defer") if plan.origin else Arguments(),
     ]
     return [host.build.path, *concat(parts).argv()]

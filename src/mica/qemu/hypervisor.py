@@ -1,14 +1,16 @@
 """Starts machines on QEMU, finds them again, and removes what they leave.
 
-<runtime>/vm/<id>/         the daemon's: status.json (the keeper's note of how the process ended)
-<runtime>/vm/<id>/run/     the machine's own user's: its sockets
-<ram dir>/<id>             guest RAM, a file in memory
-<home>/logs/<id>/          console.log (the serial port, by QEMU) and qemu.log (QEMU's own messages)
+<runtime>/vm/<id>/<n>/         the daemon's: status.json (the keeper's note of how the process ended)
+<runtime>/vm/<id>/<n>/run/     the machine's own user's: its sockets
+<home>/logs/<id>/              console.log (the serial port, by QEMU) and qemu.log (QEMU's own messages)
+
+<n> is the incarnation: one VM has two machines for a moment while it goes on as a child of its own frozen memory.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import stat
@@ -22,11 +24,12 @@ import structlog
 from mica.host.processes import ResourceLimits, find
 from mica.model.errors import Code, MicaError
 from mica.model.image import Firmware
-from mica.model.units import MIB, Bytes, format_size
+from mica.model.snapshot import MachineBuild
+from mica.model.units import MIB, Bytes
 from mica.model.vm import Machine, VmRuntime, VmSpec
 from mica.ports.clock import Clock
 from mica.ports.hypervisor import Exit, LaunchPlan
-from mica.qemu import accel
+from mica.qemu import accel, ram
 from mica.qemu.accel import Accelerator
 from mica.qemu.checks import check_host, check_nics
 from mica.qemu.command_line import QemuHost, Sockets, build_arguments
@@ -35,6 +38,7 @@ from mica.qemu.jail import Jail, JailKind, JailSpec, JailUsers, hand_over
 from mica.qemu.jailed import Jailed, JailedRefs, adopt, exit_code, find_left, start
 from mica.qemu.machine import QemuMachine, complete, last_words
 from mica.qemu.qmp import Monitor
+from mica.qemu.ram import RamImages
 
 log = structlog.get_logger()
 
@@ -59,9 +63,13 @@ TCG_WARNING = (
 class Handle(msgspec.Struct, frozen=True, kw_only=True):
     """What a later daemon needs beyond the runtime's own fields."""
 
+    vm_id: str
     jailed: JailedRefs
     log_offset: int
-    ram: str
+    # The descriptor in the machine's process that its RAM was opened from.
+    ram: int
+    # That of the QEMU it runs on, whatever is installed by now.
+    build: MachineBuild
 
 
 class QemuHypervisor:
@@ -73,7 +81,6 @@ class QemuHypervisor:
         probe: Callable[[], Awaitable[tuple[QemuHost, Jail]]],
         users: JailUsers,
         runtime_dir: Path,
-        ram_dir: Path,
         log_dir: Path,
         join_slice: Callable[[dict[str, Any], int], Awaitable[None]],
         clock: Clock,
@@ -85,13 +92,13 @@ class QemuHypervisor:
         self._missing: MicaError | None = None
         self._users = users
         self._vm_dir = runtime_dir / "vm"
-        self._ram_dir = ram_dir
         self._log_dir = log_dir
         self._join_slice = join_slice
         self._clock = clock
         self._file_limit = file_limit
         self._also_reduced = also_reduced
-        self._attached: dict[str, QemuMachine] = {}
+        self._attached: dict[tuple[str, int], QemuMachine] = {}
+        self.ram = RamImages()
 
     async def look(self) -> None:
         """Find QEMU, its accelerator and its jail. What is missing is told by whatever needs it, after a new look."""
@@ -119,13 +126,13 @@ class QemuHypervisor:
 
     async def close(self) -> None:
         """Let go of all machines; they live on."""
-        for vm_id in list(self._attached):
+        for vm_id, _ in list(self._attached):
             await self._let_go(vm_id)
+        self.ram.close()
 
-    async def _let_go(self, vm_id: str) -> None:
-        machine = self._attached.pop(vm_id, None)
-        if machine is not None:
-            await machine.close()
+    async def _let_go(self, vm_id: str, incarnation: int | None = None) -> None:
+        for key in [k for k in self._attached if k[0] == vm_id and incarnation in (None, k[1])]:
+            await self._attached.pop(key).close()
 
     # ── what can run ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -146,26 +153,59 @@ class QemuHypervisor:
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def launch(self, plan: LaunchPlan) -> VmRuntime:
-        await self.cleanup(plan.vm.id, None)
+        if plan.origin is not None:
+            self._check_build(plan)
+        await self._end(plan.vm.id, plan.incarnation, None)
         try:
-            return await self._launch(plan)
+            ram = await self._ram_for(plan)
+            try:
+                return await self._launch(plan, ram)
+            finally:
+                os.close(ram)
         except BaseException:
             # Cancelled or failed: what is half made goes, and nothing may interrupt that.
-            await asyncio.shield(self.cleanup(plan.vm.id, None))
+            await asyncio.shield(self._end(plan.vm.id, plan.incarnation, None))
             raise
 
-    async def _launch(self, plan: LaunchPlan) -> VmRuntime:
+    def build(self, spec: VmSpec) -> MachineBuild:
+        """What a state of such a machine would fit on this host."""
+        host = self._host
+        return MachineBuild(
+            qemu=host.build.identity,
+            machine=host.build.machine("q35"),
+            cpu=accel.cpu_model(host.accelerator, spec),
+            accelerator=host.accelerator.value,
+        )
+
+    def _check_build(self, plan: LaunchPlan) -> None:
+        assert plan.origin is not None
+        theirs, ours = plan.origin.build, self.build(plan.vm.spec)
+        differing = [f for f in theirs.__struct_fields__ if getattr(theirs, f) != getattr(ours, f)]
+        if differing:
+            what = ", ".join(f"{f} {getattr(theirs, f)} (here {getattr(ours, f)})" for f in differing)
+            raise MicaError(
+                Code.HOST_LACKS,
+                f"the memory of {plan.vm.name} fits another machine: {what}",
+                hint="go on from its disks alone: --no-memory",
+            )
+
+    async def _ram_for(self, plan: LaunchPlan) -> int:
+        """A descriptor of the RAM that the machine is to map; the caller closes it."""
+        if plan.origin is None:
+            return ram.create(plan.vm.spec.memory)
+        return os.dup(await self.ram.open(plan.origin.ram, plan.origin.ram_file))
+
+    async def _launch(self, plan: LaunchPlan, memory: int) -> VmRuntime:
         vm = plan.vm
         user = self._users.vm(vm.slot) if self._jail.kind is JailKind.ROOT else None
-        sockets = Sockets(self._make_run_dir(vm.id))
+        directory = self._vm_dir / vm.id / str(plan.incarnation)
+        sockets = Sockets(self._make_run_dir(directory))
         hand_over(sockets.directory, user)
-        ram = self._make_ram(vm.id, vm.spec.memory)
-        hand_over(ram, user)
         console, messages = self._make_logs(vm.id)
         hand_over(console, user)
-        argv = build_arguments(plan, self._host, sockets, ram, console)
+        argv = build_arguments(plan, self._host, sockets, Path(f"/proc/self/fd/{memory}"), console)
         log_offset = messages.stat().st_size
-        writable = [sockets.directory, ram, console, *(v.path for v in plan.volumes if not v.read_only)]
+        writable = [sockets.directory, console, *(v.path for v in plan.volumes if not v.read_only)]
         lengths = [file.stat().st_size + self._file_limit for file in (console, messages)]
         largest = max([*lengths, *(Bytes(int(v.size * 1.1) + 64 * MIB) for v in plan.volumes)])
         spec = JailSpec(
@@ -183,22 +223,24 @@ class QemuHypervisor:
             self._jail,
             argv,
             spec,
-            status_file=self._vm_dir / vm.id / "status.json",
+            status_file=directory / "status.json",
             output=messages,
+            pass_fds=(memory,),
             before=lambda pid: self._join_slice(plan.slice, pid),
             timeout_s=LAUNCH_TIMEOUT_S,
         )
         try:
-            machine = await self._connect(vm.name, jailed, sockets, messages, log_offset, vm.spec)
+            monitor = await self._connect(vm.name, jailed, sockets, messages, log_offset)
             try:
-                await complete(machine.monitor, vm.spec)
+                await complete(monitor, vm.spec)
             finally:
-                await machine.close()
+                await monitor.close()
         except BaseException:
             jailed.process.kill()
             await asyncio.shield(_gone(jailed))
             raise
-        handle = Handle(jailed=jailed.refs, log_offset=log_offset, ram=str(ram))
+        jailed.close()
+        handle = Handle(vm_id=vm.id, jailed=jailed.refs, log_offset=log_offset, ram=memory, build=self.build(vm.spec))
         return VmRuntime(
             process=jailed.refs.process,
             spec=vm.spec,
@@ -210,6 +252,8 @@ class QemuHypervisor:
             slice=plan.slice,
             handle=msgspec.to_builtins(handle),
             reduced=(*self.reduced(), *(text for n in plan.nics for text in n.reduced)),
+            ram=plan.origin.ram if plan.origin else "",
+            incarnation=plan.incarnation,
         )
 
     def _readable(self, plan: LaunchPlan) -> tuple[Path, ...]:
@@ -237,13 +281,11 @@ class QemuHypervisor:
         emulated = (TCG_WARNING,) if self._host.accelerator is Accelerator.TCG else ()
         return (*emulated, *self._jail.reduced, *self._also_reduced)
 
-    async def _connect(
-        self, name: str, jailed: Jailed, sockets: Sockets, messages: Path, log_offset: int, spec: VmSpec
-    ) -> QemuMachine:
+    async def _connect(self, name: str, jailed: Jailed, sockets: Sockets, messages: Path, log_offset: int) -> Monitor:
         """Wait for the control monitor and greet it; when QEMU ends first, say so in its own last words."""
         try:
             async with asyncio.timeout(LAUNCH_TIMEOUT_S):
-                monitor = await _greeted(name, jailed, sockets.control)
+                return await _greeted(name, jailed, sockets.control)
         except (TimeoutError, MicaError) as error:
             if jailed.process.alive:
                 raise MicaError(
@@ -256,13 +298,12 @@ class QemuHypervisor:
                 f"QEMU of {name} ended at once: {words}",
                 hint=f"`mica vm log {name} --qemu` has all of it",
             ) from error
-        return QemuMachine(jailed, monitor, log_file=messages, log_offset=log_offset, agent_port=spec.agent)
 
     async def attach(self, runtime: VmRuntime) -> QemuMachine | None:
         handle = msgspec.convert(runtime.handle, Handle)
-        vm_id = Path(handle.ram).name
+        vm_id = handle.vm_id
         # A monitor takes one client: whoever held it of ours lets go first.
-        await self._let_go(vm_id)
+        await self._let_go(vm_id, runtime.incarnation)
         jailed = adopt(handle.jailed)
         if jailed is None:
             return None
@@ -274,23 +315,42 @@ class QemuHypervisor:
             if alive or not isinstance(error, MicaError):
                 raise
             return None
-        machine = self._attached[vm_id] = QemuMachine(
+        self.ram.learn(runtime)
+        machine = self._attached[vm_id, runtime.incarnation] = QemuMachine(
             jailed,
             monitor,
+            runtime,
+            handle.build,
             log_file=self._log_dir / vm_id / "qemu.log",
             log_offset=handle.log_offset,
-            agent_port=runtime.spec.agent,
         )
         return machine
+
+    async def retire(self, runtime: VmRuntime) -> None:
+        vm_id = msgspec.convert(runtime.handle, Handle).vm_id
+        await self._end(vm_id, runtime.incarnation, runtime)
 
     async def autopsy(self, runtime: VmRuntime) -> Exit:
         handle = msgspec.convert(runtime.handle, Handle)
         code = exit_code(Path(handle.jailed.status_file))
-        messages = self._log_dir / Path(handle.ram).name / "qemu.log"
+        messages = self._log_dir / handle.vm_id / "qemu.log"
         return Exit(clean=code == 0, last_words=last_words(messages, handle.log_offset))
 
     async def cleanup(self, vm_id: str, runtime: VmRuntime | None) -> None:
         directory = self._vm_dir / vm_id
+        known = {int(entry.name) for entry in directory.iterdir()} if directory.exists() else set()
+        if runtime is not None:
+            known.add(runtime.incarnation)
+        for number in sorted(known):
+            same = runtime is not None and runtime.incarnation == number
+            await self._end(vm_id, number, runtime if same else None)
+        await self._let_go(vm_id)
+        if directory.exists():
+            shutil.rmtree(directory)
+
+    async def _end(self, vm_id: str, incarnation: int, runtime: VmRuntime | None) -> None:
+        """End one machine that may be left, and remove what is its alone. Idempotent."""
+        directory = self._vm_dir / vm_id / str(incarnation)
         found: Jailed | None = None
         if runtime is not None:
             found = adopt(msgspec.convert(runtime.handle, Handle).jailed)
@@ -299,10 +359,11 @@ class QemuHypervisor:
             with found:
                 found.process.kill()
                 await found.wait_exit(LAUNCH_TIMEOUT_S)
-        await self._let_go(vm_id)
+        await self._let_go(vm_id, incarnation)
         if directory.exists():
             shutil.rmtree(directory)
-        (self._ram_dir / vm_id).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another incarnation lives there
+            directory.parent.rmdir()
 
     async def erase(self, vm_id: str) -> None:
         await self.cleanup(vm_id, None)
@@ -312,39 +373,23 @@ class QemuHypervisor:
 
     async def leftovers(self, known: set[str]) -> list[str]:
         found: set[str] = set()
-        for root in (self._vm_dir, self._ram_dir, self._log_dir):
+        for root in (self._vm_dir, self._log_dir):
             if root.is_dir():
                 found |= {entry.name for entry in root.iterdir()}
         return sorted(found - known)
 
     def let_log_grow(self, vm_id: str, size: int) -> None:
         """Let QEMU write its logs beyond ``size``, their length now: their beginnings were given back to the disk."""
-        machine = self._attached.get(vm_id)
-        if machine is not None:
+        for machine in (m for (one, _), m in self._attached.items() if one == vm_id):
             machine.raise_file_limit(size + self._file_limit)
 
     # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _make_run_dir(self, vm_id: str) -> Path:
-        directory = self._vm_dir / vm_id / "run"
-        directory.mkdir(parents=True, mode=0o711)
-        (self._vm_dir / vm_id).chmod(0o711)
-        return directory
-
-    def _make_ram(self, vm_id: str, size: Bytes) -> Path:
-        """The file that is the guest's RAM. A page is charged to the machine's group when the guest touches it."""
-        self._ram_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
-        file = self._ram_dir / vm_id
-        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(descriptor, size)
-        except OSError as error:
-            raise MicaError(
-                Code.INSUFFICIENT_MEMORY, f"{format_size(size)} of guest RAM cannot be made: {error.strerror}"
-            ) from error
-        finally:
-            os.close(descriptor)
-        return file
+    def _make_run_dir(self, directory: Path) -> Path:
+        (directory / "run").mkdir(parents=True, mode=0o711)
+        directory.parent.chmod(0o711)
+        directory.chmod(0o711)
+        return directory / "run"
 
     def _make_logs(self, vm_id: str) -> tuple[Path, Path]:
         directory = self._log_dir / vm_id

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from mica.model.vm import AgentState, IoLimits, NetworkKind, VmSpec
-from mica.ports.hypervisor import EventKind, Exit, MachineEvent, MachineStatus, RunState
+from mica.model.errors import Code, MicaError
+from mica.model.snapshot import MachineBuild
+from mica.model.vm import AgentState, IoLimits, NetworkKind, NicRuntime, VmRuntime, VmSpec
+from mica.ports.hypervisor import Captured, EventKind, Exit, MachineEvent, MachineStatus, Origin, RunState
+from mica.ports.volumes import Volume
+from mica.qemu import layers, pages, state
 from mica.qemu.devices import agent, disk, nic
 from mica.qemu.jailed import Jailed
 from mica.qemu.qmp import Monitor
@@ -67,14 +72,24 @@ def last_words(log_file: Path, since: int, limit: int = 600) -> str:
 
 
 class QemuMachine:
-    """Implements :class:`mica.ports.hypervisor.Machine` for one QEMU process."""
+    """Implements :class:`mica.ports.hypervisor.StatefulMachine` for one QEMU process."""
 
-    def __init__(self, jailed: Jailed, monitor: Monitor, *, log_file: Path, log_offset: int, agent_port: bool) -> None:
+    def __init__(
+        self,
+        jailed: Jailed,
+        monitor: Monitor,
+        runtime: VmRuntime,
+        build: MachineBuild,
+        *,
+        log_file: Path,
+        log_offset: int,
+    ) -> None:
         self._jailed = jailed
         self.monitor = monitor
+        self._runtime = runtime
+        self._build = build
         self._log_file = log_file
         self._log_offset = log_offset
-        self._agent_port = agent_port
 
     async def observe(self) -> MachineStatus:
         status = await self.monitor.run("query-status")
@@ -82,7 +97,7 @@ class QemuMachine:
         return MachineStatus(run, await self._agent_state(), reason)
 
     async def _agent_state(self) -> AgentState:
-        if not self._agent_port:
+        if not self._runtime.spec.agent:
             return AgentState.ABSENT
         devices = await self.monitor.run("query-chardev")
         port = next((d for d in devices if d["label"] == agent.CHARDEV), None)
@@ -104,6 +119,34 @@ class QemuMachine:
     async def apply(self, spec: VmSpec) -> None:
         for one in spec.disks:
             await self.monitor.run("block_set_io_throttle", disk.throttle(one))
+
+    async def capture(self, into: Path) -> Captured:
+        if (await self.monitor.run("query-status"))["running"]:
+            raise MicaError(Code.STATE_CONFLICT, "a machine that runs cannot be captured", hint="pause it first")
+        return await state.capture(self.monitor, self._pid, self._runtime, self._ram(), self._build, into)
+
+    async def load(self, origin: Origin) -> None:
+        try:
+            await state.load(self.monitor, self._pid, self._ram(), origin)
+        except MicaError as error:
+            if self._jailed.process.alive:
+                raise
+            words = last_words(self._log_file, self._log_offset)
+            raise MicaError(error.code, f"{error.message}: {words}", hint=error.hint) from error
+
+    async def join(self, nics: tuple[NicRuntime, ...]) -> None:
+        await state.join(self.monitor, nics)
+
+    async def switch(self, volumes: tuple[Volume, ...]) -> None:
+        await layers.switch(self.monitor, volumes)
+
+    @property
+    def _pid(self) -> int:
+        return self._jailed.process.pid
+
+    def _ram(self) -> pages.Mapping:
+        inode = os.stat(f"/proc/{self._pid}/fd/{self._runtime.handle['ram']}").st_ino
+        return pages.mapping_of(self._pid, inode, self._runtime.spec.memory)
 
     async def events(self) -> AsyncIterator[MachineEvent]:
         async for event in self.monitor.events():

@@ -97,6 +97,14 @@ class Monitor:
         self._client.send_fd_scm(descriptor)
         await self.run("getfd", {"fdname": name})
 
+    async def add_descriptor(self, descriptor: int, note: str) -> int:
+        """Hand an open file to QEMU as a set of descriptors of its own (``add-fd``); returns the set's number.
+
+        ``/dev/fdset/N`` opens it; ``query-fdsets`` tells ``note``.
+        """
+        self._client.send_fd_scm(descriptor)
+        return int((await self.run("add-fd", {"opaque": note}))["fdset-id"])
+
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Events in order, ending when the connection ends. For one reader."""
         disconnected = asyncio.ensure_future(self._disconnected())

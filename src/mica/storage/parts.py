@@ -18,6 +18,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -62,6 +63,18 @@ class DirectoryParts:
 
     def path(self, part_id: str) -> Path:
         return part_path(self._root, part_id)
+
+    async def scratch(self, name: str) -> Path:
+        directory = part_path(_scratch(self._root), name)
+        with naming(directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory
+
+    async def drop_scratch(self, name: str) -> None:
+        directory = part_path(_scratch(self._root), name)
+        with naming(directory):
+            if directory.exists():
+                await in_thread(shutil.rmtree, directory)
 
     async def keep(self, part_id: str, source: Path) -> None:
         """See the protocol. Raises ``corrupt`` too: ``source`` is not a file of its own."""
@@ -122,6 +135,11 @@ class DirectoryParts:
             if not self._root.exists():
                 return set()
             return {match["part"] for entry in os.listdir(self._root) if (match := _NAME.fullmatch(entry))}
+
+
+def _scratch(root: Path) -> Path:
+    """Beside the parts, so that keeping a file is renaming it."""
+    return root.with_name(f"{root.name}.scratch")
 
 
 def part_path(root: Path, part_id: str) -> Path:

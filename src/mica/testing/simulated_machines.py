@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from mica.model.errors import Code, MicaError, invalid
+from collections.abc import Callable
+from pathlib import Path
+
+from mica.model.errors import Code, MicaError, invalid, not_found
+from mica.model.snapshot import MachineBuild
 from mica.model.units import MIB, Bytes
-from mica.model.vm import AgentState, VmRuntime, VmSpec
+from mica.model.vm import AgentState, NicRuntime, VmRuntime, VmSpec
 from mica.ports.guests import GuestFacts
-from mica.ports.hypervisor import Exit, LaunchPlan, MachineStatus, RunState
+from mica.ports.hypervisor import Captured, Exit, LaunchPlan, MachineStatus, Origin, RunState
+from mica.ports.volumes import Volume
 from mica.testing.simulated_world import Behaviour, Feed, SimulatedHost, SimulatedProcess
 
 MAX_CPUS = 64
+BUILD = MachineBuild(qemu="simulated", machine="pc-simulated", cpu="simulated", accelerator="simulated")
 
 
 class SimulatedMachine:
-    """:class:`mica.ports.hypervisor.Machine` on a process of the world."""
+    """:class:`mica.ports.hypervisor.StatefulMachine` on a process of the world.
+
+    The memory of a guest is a list of words that were written to it. A state is a file in the world's, whose content
+    are the words.
+    """
 
     def __init__(self, process: SimulatedProcess) -> None:
         self.process = process
@@ -27,6 +37,8 @@ class SimulatedMachine:
     async def resume(self) -> None:
         async with self._faults.around("machine.resume"):
             self._check_alive()
+            if self.process.waits:
+                raise MicaError(Code.QEMU_FAILED, "the machine waits for its state")
             self.process.resume()
 
     async def pause(self) -> None:
@@ -48,6 +60,44 @@ class SimulatedMachine:
             self._check_alive()
             self.process.applied = spec
 
+    async def capture(self, into: Path) -> Captured:
+        async with self._faults.around("machine.capture"):
+            self._check_alive()
+            if self.process.run is RunState.RUNNING:
+                raise MicaError(Code.STATE_CONFLICT, "a machine that runs cannot be captured")
+            world, own = self.process.world, self.process.plan.origin is None
+            world.contents[into / "devices"] = ("devices",)
+            if own:
+                return Captured(devices=into / "devices", build=BUILD)
+            world.contents[into / "changes"] = tuple(self.process.memory)
+            return Captured(devices=into / "devices", changes=into / "changes", build=BUILD, changed=Bytes(MIB))
+
+    async def load(self, origin: Origin) -> None:
+        async with self._faults.around("machine.load"):
+            self._check_alive()
+            world, process = self.process.world, self.process
+            if not process.waits:
+                raise MicaError(Code.QEMU_FAILED, "the machine has its state already")
+            if origin.devices not in world.contents or (origin.changes and origin.changes not in world.contents):
+                raise MicaError(Code.CORRUPT, f"there is no state at {origin.devices}")
+            source = world.contents[origin.changes] if origin.changes else world.ram_images[origin.ram]
+            process.memory = list(source)
+            process.run, process.waits, process.agent = RunState.PAUSED, False, AgentState.READY
+
+    async def join(self, nics: tuple[NicRuntime, ...]) -> None:
+        async with self._faults.around("machine.join"):
+            self._check_alive()
+            if any(self.process.world.networks.get((self.process.vm_id, nic.name)) != nic for nic in nics):
+                raise MicaError(Code.QEMU_FAILED, "Could not connect the NICs")
+            self.process.joined = True
+
+    async def switch(self, volumes: tuple[Volume, ...]) -> None:
+        async with self._faults.around("machine.switch"):
+            self._check_alive()
+            if self.process.run is RunState.RUNNING:
+                raise MicaError(Code.STATE_CONFLICT, "disks move while the machine is paused")
+            self.process.switched = tuple(v.path for v in volumes)
+
     def events(self) -> Feed:
         return self.process.listen()
 
@@ -62,12 +112,55 @@ class SimulatedMachine:
             raise MicaError(Code.QEMU_FAILED, f"QEMU of VM {self.process.plan.vm.name} closed its monitor")
 
 
-class SimulatedHypervisor:
-    """:class:`mica.ports.hypervisor.Hypervisor` on a simulated host."""
+class SimulatedRamImages:
+    """:class:`mica.ports.ram.RamImages` as one daemon sees them."""
 
     def __init__(self, world: SimulatedHost) -> None:
         self._world = world
         self._faults = world.faults
+        self._held: set[str] = set()
+
+    async def hold(self, runtime: VmRuntime, ram_id: str) -> None:
+        async with self._faults.around("ram.hold"):
+            process = next((p for p in self._world.living() if p.ref == runtime.process), None)
+            if process is None:
+                raise MicaError(Code.QEMU_FAILED, "the machine ended before its memory could be kept")
+            self._world.ram_images[ram_id] = process.memory
+            self._held.add(ram_id)
+
+    def learn(self, ram_id: str) -> None:
+        self._held.add(ram_id)
+
+    def need(self, origin: Origin) -> None:
+        if origin.ram not in self._world.ram_images:
+            if origin.ram_file not in self._world.contents:
+                raise not_found("RAM image", origin.ram)
+            self._world.ram_images[origin.ram] = list(self._world.contents[origin.ram_file])
+        self._held.add(origin.ram)
+
+    async def save(self, ram_id: str, file: Path, report: Callable[[float], None]) -> None:
+        async with self._faults.around("ram.save"):
+            if ram_id not in self._held:
+                raise not_found("RAM image", ram_id)
+            self._world.contents[file] = tuple(self._world.ram_images[ram_id])
+            report(1.0)
+
+    def held(self) -> set[str]:
+        return set(self._held)
+
+    def release(self, ram_id: str) -> None:
+        self._held.discard(ram_id)
+        if not any(p.plan.origin and p.plan.origin.ram == ram_id for p in self._world.living()):
+            self._world.ram_images.pop(ram_id, None)
+
+
+class SimulatedHypervisor:
+    """:class:`mica.ports.hypervisor.Hypervisor` on a simulated host."""
+
+    def __init__(self, world: SimulatedHost, images: SimulatedRamImages | None = None) -> None:
+        self._world = world
+        self._faults = world.faults
+        self._images = images or SimulatedRamImages(world)
 
     def overhead(self, spec: VmSpec) -> Bytes:
         return Bytes((64 + 8 * spec.cpus) * MIB)
@@ -80,15 +173,18 @@ class SimulatedHypervisor:
     async def launch(self, plan: LaunchPlan) -> VmRuntime:
         async with self._faults.around("hypervisor.launch"):
             world, vm = self._world, plan.vm
-            earlier = world.processes.get(vm.id)
-            if earlier is not None:
-                earlier.kill("a new launch replaced it")
+            for earlier in world.living():
+                if earlier.vm_id == vm.id and earlier.plan.incarnation == plan.incarnation:
+                    earlier.kill("a new launch replaced it")
             self._check_plan(plan)
+            if plan.origin is not None:
+                self._images.need(plan.origin)
             world.remains.pop(vm.id, None)
             world.logs.add(vm.id)
             ref = world.next_process()
             behaviour: Behaviour = world.behaviours.get(vm.name, world.default)
-            world.processes[vm.id] = SimulatedProcess(world, plan, ref, behaviour)
+            made = SimulatedProcess(world, plan, ref, behaviour)
+            (world.spares if vm.id in world.processes else world.processes)[vm.id] = made
             return VmRuntime(
                 process=ref,
                 spec=vm.spec,
@@ -98,6 +194,8 @@ class SimulatedHypervisor:
                 overhead=self.overhead(vm.spec),
                 nics=plan.nics,
                 slice=plan.slice,
+                ram=plan.origin.ram if plan.origin else "",
+                incarnation=plan.incarnation,
             )
 
     def _check_plan(self, plan: LaunchPlan) -> None:
@@ -106,7 +204,8 @@ class SimulatedHypervisor:
         wanted = [d.name for d in vm.spec.disks]
         given = [v.name for v in plan.volumes if v.name != "nvram"]
         there = world.volumes.get(vm.id, {})
-        missing = [v.name for v in plan.volumes if v.name not in there]
+        staged = world.staged.get(vm.id, {})
+        missing = [v.name for v in plan.volumes if v.name not in there and v.name not in staged]
         if missing or given != wanted:
             raise MicaError(Code.QEMU_FAILED, f"Could not open disks: wanted {wanted}, given {given}, no {missing}")
         nics = [n.name for n in plan.nics]
@@ -122,8 +221,18 @@ class SimulatedHypervisor:
 
     async def attach(self, runtime: VmRuntime) -> SimulatedMachine | None:
         async with self._faults.around("hypervisor.attach"):
-            found = next((p for p in self._world.processes.values() if p.ref == runtime.process), None)
+            found = next((p for p in self._world.living() if p.ref == runtime.process), None)
+            if found is not None and runtime.ram:
+                self._images.learn(runtime.ram)
             return None if found is None else SimulatedMachine(found)
+
+    async def retire(self, runtime: VmRuntime) -> None:
+        async with self._faults.around("hypervisor.retire"):
+            for process in self._world.living():
+                if process.ref == runtime.process:
+                    process.kill("retired")
+                    if self._world.processes.get(process.vm_id) is None:
+                        self._world.remains.pop(process.vm_id, None)
 
     async def autopsy(self, runtime: VmRuntime) -> Exit:
         async with self._faults.around("hypervisor.autopsy"):
@@ -135,9 +244,9 @@ class SimulatedHypervisor:
     async def cleanup(self, vm_id: str, runtime: VmRuntime | None) -> None:
         del runtime
         async with self._faults.around("hypervisor.cleanup"):
-            process = self._world.processes.get(vm_id)
-            if process is not None:
-                process.kill("cleaned up")
+            for process in self._world.living():
+                if process.vm_id == vm_id:
+                    process.kill("cleaned up")
             self._world.remains.pop(vm_id, None)
 
     async def erase(self, vm_id: str) -> None:

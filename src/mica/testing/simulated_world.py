@@ -19,6 +19,7 @@ from mica.ports.hypervisor import EventKind, Exit, LaunchPlan, MachineEvent, Run
 from mica.ports.slices import SliceLimits
 from mica.ports.volumes import Volume
 from mica.testing.simulated_faults import Faults
+from mica.testing.simulated_files import SimulatedFiles
 
 # An event only means "look again", so of very many the oldest may go.
 _EVENTS_KEPT = 256
@@ -57,6 +58,10 @@ class SimulatedProcess:
         self.started_at = world.clock.monotonic()
         self.applied = plan.vm.spec
         self.asked = 0
+        self.waits = plan.origin is not None
+        self.joined = plan.origin is None
+        self.memory: list[str] = []
+        self.switched: tuple[Path, ...] = ()
         self.gone = asyncio.Event()
         self._runs = asyncio.Event()
         self._booted = False
@@ -134,8 +139,7 @@ class SimulatedProcess:
         if self.exit is not None:
             return
         self.exit = gone
-        del self.world.processes[self.vm_id]
-        self.world.remains[self.vm_id] = (self.ref, gone)
+        self.world.ended(self)
         self.gone.set()
         self.tell(EventKind.EXITED)
 
@@ -198,9 +202,18 @@ class SimulatedHost:
         self.behaviours: dict[str, Behaviour] = {}
         self.boots = 1
         self.processes: dict[str, SimulatedProcess] = {}
+        # Second machines of VMs that are about to go on as children of their frozen memory.
+        self.spares: dict[str, SimulatedProcess] = {}
+        # Words in frozen memory: the very list of the machine whose memory it was, which may write until it ends.
+        self.ram_images: dict[str, list[str]] = {}
+        # What is in files that are on their way to be parts, and in parts.
+        self.contents: dict[Path, tuple[str, ...]] = {}
+        # Layers beside the volumes of a VM, not taken yet.
+        self.staged: dict[str, dict[str, Volume]] = {}
         self.remains: dict[str, tuple[ProcessRef, Exit]] = {}
         self.logs: set[str] = set()
         self.volumes: dict[str, dict[str, Volume]] = {}
+        self.storage = SimulatedFiles()
         self.unclean: set[str] = set()
         self.checked: list[str] = []
         self.networks: dict[tuple[str, str], NicRuntime] = {}
@@ -247,9 +260,10 @@ class SimulatedHost:
 
     def reboot(self) -> None:
         """The host restarts: what lives in processes or in memory is gone, disks stay."""
-        for process in list(self.processes.values()):
+        for process in self.living():
             process.kill("the host went down")
         self.remains.clear()
+        self.ram_images.clear()
         self.networks.clear()
         self.slices.clear()
         self.connections.clear()
@@ -261,6 +275,19 @@ class SimulatedHost:
         self.images[image.digest] = image
         return image
 
+    def write(self, vm_id: str, disk: str, token: str) -> None:
+        """The guest writes to its disk: to the file that its process has open, or, where there is none, to the volume.
+
+        Raises :class:`KeyError` when that file is gone, :class:`AssertionError` when it is a part.
+        """
+        process = self.processes.get(vm_id)
+        volumes = {v.name: v for v in process.plan.volumes} if process else self.volumes[vm_id]
+        self.storage.there[volumes[disk].path].write(token)
+
+    def content(self, vm_id: str, disk: str) -> tuple[str, ...]:
+        """All that was written to a disk, through its layers, oldest first."""
+        return self.storage.read(self.volumes[vm_id][disk].path)
+
     # ── what the fakes use ────────────────────────────────────────────────────────────────────────────────────────
 
     def boot_id(self) -> str:
@@ -269,6 +296,22 @@ class SimulatedHost:
     def next_process(self) -> ProcessRef:
         self._pids += 1
         return ProcessRef(self._pids, self._pids * 100, self.boot_id())
+
+    def ended(self, process: SimulatedProcess) -> None:
+        """A process ended; where it was a VM's, its spare is now."""
+        assert process.exit is not None
+        if self.spares.get(process.vm_id) is process:
+            del self.spares[process.vm_id]
+            return
+        del self.processes[process.vm_id]
+        spare = self.spares.pop(process.vm_id, None)
+        if spare is not None:
+            self.processes[process.vm_id] = spare
+        else:
+            self.remains[process.vm_id] = (process.ref, process.exit)
+
+    def living(self) -> list[SimulatedProcess]:
+        return [*self.processes.values(), *self.spares.values()]
 
     def touched(self, vm_id: str) -> int:
         """Memory that a VM's process has taken so far, in bytes."""
@@ -291,8 +334,11 @@ class SimulatedHost:
         """Everything that anybody may leave behind here, comparable."""
         return {
             "processes": sorted(self.processes),
+            "spares": sorted(self.spares),
             "logs": sorted(self.logs),
             "volumes": {vm_id: sorted(disks) for vm_id, disks in sorted(self.volumes.items())},
+            "staged": {vm_id: sorted(disks) for vm_id, disks in sorted(self.storage.staged.items())},
+            "parts": sorted(self.storage.parts),
             "networks": sorted(self.networks),
             "slices": sorted(self.slices),
             "images": sorted(self.images),

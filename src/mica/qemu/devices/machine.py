@@ -1,6 +1,6 @@
 """The board, its memory and its processors.
 
-Guest RAM is always a shared file mapping: forks, migration and shared folders build on it (QEMU docs,
+Guest RAM is always a file mapping: forks, migration and shared folders build on it (QEMU docs,
 ``memory-backend-file``).
 """
 
@@ -13,8 +13,11 @@ from mica.qemu.accel import Accelerator, cpu_model
 from mica.qemu.arguments import Arguments, concat, flag, from_json, mebibytes, pairs
 
 
-def board(spec: VmSpec, machine_type: str, *, code_node: str | None, vars_node: str | None, vmgenid: bool) -> Arguments:
-    """``machine_type`` is a versioned name, so that an upgraded QEMU keeps the machine as it was (live migration)."""
+def board(spec: VmSpec, machine_type: str, *, code_node: str | None, vars_node: str | None, vmgenid: str) -> Arguments:
+    """``machine_type`` is a versioned name, so that an upgraded QEMU keeps the machine as it was (live migration).
+
+    ``vmgenid`` is the generation's UUID, empty where this QEMU has no such device.
+    """
     minimal = spec.machine is Machine.MINIMAL
     return pairs(
         "machine",
@@ -29,14 +32,15 @@ def board(spec: VmSpec, machine_type: str, *, code_node: str | None, vars_node: 
         pflash1=vars_node,
         # A device state without its description is a third smaller, and snapshots are many.
         suppress_vmdesc=True,
-    ) + (from_json("device", {"driver": "vmgenid", "id": "vmgenid", "guid": "auto"}) if vmgenid else Arguments())
+    ) + (from_json("device", {"driver": "vmgenid", "id": "vmgenid", "guid": vmgenid}) if vmgenid else Arguments())
 
 
-def memory(spec: VmSpec, file: Path) -> Arguments:
+def memory(spec: VmSpec, file: Path, *, share: bool) -> Arguments:
+    """RAM is ``file``: shared, or (``share`` false) a private copy of a RAM image, copied by page as it is written."""
     backend = {"qom-type": "memory-backend-file", "id": "ram", "size": spec.memory, "mem-path": str(file)}
     return concat(
         [
-            from_json("object", {**backend, "share": True, "prealloc": False}),
+            from_json("object", {**backend, "share": share, "prealloc": False}),
             pairs("m", "", size=f"{mebibytes(spec.memory)}M"),
         ]
     )

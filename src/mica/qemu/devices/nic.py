@@ -52,20 +52,40 @@ def _forward(publish: dict[str, Any], address: str) -> str:
     return f"{here}-{address}:{publish['guest_port']}"
 
 
-def arguments(nic: NicSpec, runtime: NicRuntime, bus: Bus, *, hub: int, bootindex: int | None) -> Arguments:
-    """``hub`` is a number that no other NIC of the VM has."""
+def _backend(runtime: NicRuntime) -> dict[str, Any] | None:
+    """What the NIC is joined to; ``None`` when that is nothing."""
+    backend = f"net-{runtime.name}"
+    match runtime.handle.get("kind", "none"):
+        case "stream":
+            address = {"type": "unix", "path": runtime.handle["socket"]}
+            return {"type": "stream", "id": backend, "server": False, "addr": address}
+        case "user":
+            return _user(backend, runtime.handle)
+        case "none":
+            return None
+        case kind:
+            raise MicaError(Code.INTERNAL, f"NIC {runtime.name} is attached in an unknown way: {kind}")
+
+
+def join(runtime: NicRuntime, *, hub: int) -> list[dict[str, Any]]:
+    """Arguments of ``netdev_add`` that plug in a NIC which began on a hub alone."""
+    net = _backend(runtime)
+    if net is None:
+        return []
+    plain = {key: value for key, value in net.items() if value is not None}
+    return [plain, {"type": "hubport", "id": f"join-{runtime.name}", "hubid": hub, "netdev": net["id"]}]
+
+
+def arguments(
+    nic: NicSpec, runtime: NicRuntime, bus: Bus, *, hub: int, bootindex: int | None, apart: bool = False
+) -> Arguments:
+    """``hub`` is a number that no other NIC of the VM has. ``apart``: it is plugged in later, by :func:`join`."""
     backend = f"net-{nic.name}"
-    kind = runtime.handle.get("kind", "none")
-    if kind == "stream":
-        address = {"type": "unix", "path": runtime.handle["socket"]}
-        net = {"type": "stream", "id": backend, "server": False, "addr": address}
-    elif kind == "user":
-        net = _user(backend, runtime.handle)
-    elif kind == "none":
+    net = None if apart else _backend(runtime)
+    if net is None:
         # A hub of its own with nobody else on it: two such NICs must not meet.
+        backend = f"hub-{nic.name}"
         net = {"type": "hubport", "id": backend, "hubid": hub}
-    else:
-        raise MicaError(Code.INTERNAL, f"NIC {nic.name} is attached in an unknown way: {kind}")
     port, place = bus.port()
     front = {
         "driver": "virtio-net-pci",

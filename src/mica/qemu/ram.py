@@ -1,0 +1,173 @@
+"""Guest RAM: a file in memory that belongs to no directory, and becomes an image that nobody can write any more.
+
+RAM is a memfd (memfd_create(2)), handed to QEMU as a descriptor and opened through ``/proc/self/fd/N``. A machine that
+starts cold maps it shared. Sealed, it is a RAM image: whoever maps it privately sees the memory of that moment and
+copies what it writes (mmap(2), MAP_PRIVATE). Seals hold against discards too: a balloon in one fork cannot punch holes
+into what the others see (fcntl(2), F_SEAL_FUTURE_WRITE: mappings that exist may go on writing, so a machine may be
+sealed while it runs).
+
+A memfd lives as long as a process holds it. After the daemon died it is found again in the machines that map it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from mica.host.processes import find
+from mica.model.errors import Code, MicaError, not_found
+from mica.model.units import MIB, Bytes, format_size
+from mica.model.vm import VmRuntime
+
+# linux/fcntl.h (since Linux 5.1); Python's fcntl does not name it.
+F_SEAL_FUTURE_WRITE: Final = 0x0010
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE
+_CHUNK: Final = 8 * MIB
+
+
+def create(size: Bytes) -> int:
+    """Fresh guest RAM of ``size`` bytes; the descriptor is the caller's. Raises ``insufficient-memory``."""
+    descriptor = os.memfd_create("ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        os.close(descriptor)
+        text = f"{format_size(size)} of guest RAM cannot be made: {error.strerror}"
+        raise MicaError(Code.INSUFFICIENT_MEMORY, text) from error
+    return descriptor
+
+
+def copy_data(source: int, target: int, report: Callable[[float], None], stopped: Callable[[], bool]) -> None:
+    """Copy what is data from one file to another of the same size, leaving the holes out (lseek(2), SEEK_DATA)."""
+    size, at = os.fstat(source).st_size, 0
+    while not stopped():
+        try:
+            at = os.lseek(source, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                return
+            raise
+        end = os.lseek(source, at, os.SEEK_HOLE)
+        os.lseek(target, at, os.SEEK_SET)
+        while at < end and not stopped():
+            at += os.sendfile(target, source, at, min(_CHUNK, end - at))
+            report(at / size)
+
+
+async def _in_thread(source: int, target: int, report: Callable[[float], None]) -> None:
+    """:func:`copy_data` beside the loop; cancelling ends the thread before anyone closes its descriptors."""
+    cancelled = False
+    loop = asyncio.get_running_loop()
+
+    def tell(fraction: float) -> None:
+        loop.call_soon_threadsafe(report, fraction)
+
+    work = loop.run_in_executor(None, copy_data, source, target, tell, lambda: cancelled)
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        cancelled = True
+        await asyncio.wait({work})
+        raise
+
+
+class RamImages:
+    """Implements :class:`mica.ports.ram.RamImages`. Close it; machines keep what they map."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, int] = {}
+
+    async def hold(self, runtime: VmRuntime, ram_id: str) -> None:
+        if ram_id in self._held:
+            return
+        descriptor = _of_machine(runtime)
+        if descriptor is None:
+            raise MicaError(Code.QEMU_FAILED, "the machine ended before its memory could be kept")
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._held[ram_id] = descriptor
+
+    def learn(self, runtime: VmRuntime) -> None:
+        """A machine was found that maps an image: hold it again."""
+        if runtime.ram and runtime.ram not in self._held:
+            descriptor = _of_machine(runtime)
+            if descriptor is not None:
+                self._held[runtime.ram] = descriptor
+
+    async def open(self, ram_id: str, file: Path) -> int:
+        """The image, read from ``file`` unless it is in memory; the descriptor stays ours. Raises ``not-found``."""
+        if ram_id not in self._held:
+            self._held[ram_id] = await self._read(ram_id, file)
+        return self._held[ram_id]
+
+    async def _read(self, ram_id: str, file: Path) -> int:
+        try:
+            source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise not_found(
+                "RAM image", ram_id, hint="it was never written to disk, and no machine maps it now"
+            ) from None
+        try:
+            descriptor = create(Bytes(os.fstat(source).st_size))
+            try:
+                await _in_thread(source, descriptor, lambda _: None)
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_WRITE)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        finally:
+            os.close(source)
+        return descriptor
+
+    async def save(self, ram_id: str, file: Path, report: Callable[[float], None]) -> None:
+        source = self._held.get(ram_id)
+        if source is None:
+            raise not_found("RAM image", ram_id, hint="no machine maps it any more")
+        mine = os.dup(source)  # it may be released meanwhile
+        try:
+            target = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(target, os.fstat(mine).st_size)
+                await _in_thread(mine, target, report)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                text = f"no room for a RAM image at {file}: {error.strerror}"
+                raise MicaError(Code.INSUFFICIENT_DISK, text, hint="delete snapshots or VMs") from error
+            finally:
+                os.close(target)
+        finally:
+            os.close(mine)
+
+    def held(self) -> set[str]:
+        return set(self._held)
+
+    def release(self, ram_id: str) -> None:
+        descriptor = self._held.pop(ram_id, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        for ram_id in list(self._held):
+            self.release(ram_id)
+
+
+def _of_machine(runtime: VmRuntime) -> int | None:
+    """The RAM file of a living machine: the descriptor it was started with is open in it under the same number."""
+    live = find(runtime.process)
+    if live is None:
+        return None
+    with live:
+        path = f"/proc/{live.pid}/fd/{runtime.handle['ram']}"
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
