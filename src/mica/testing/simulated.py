@@ -22,13 +22,14 @@ from mica.testing.simulated_ports import (
     SimulatedImages,
     SimulatedNetworks,
     SimulatedSlices,
-    SimulatedVolumes,
 )
+from mica.testing.simulated_storage import SimulatedBranches, SimulatedParts, SimulatedVolumes
 from mica.testing.simulated_world import Behaviour, SimulatedHost, SimulatedProcess, make_image
 
 __all__ = [
     "Behaviour",
     "Faults",
+    "SimulatedBranches",
     "SimulatedGuests",
     "SimulatedHost",
     "SimulatedHostFacts",
@@ -36,6 +37,7 @@ __all__ = [
     "SimulatedImages",
     "SimulatedMachine",
     "SimulatedNetworks",
+    "SimulatedParts",
     "SimulatedProcess",
     "SimulatedSlices",
     "SimulatedVolumes",

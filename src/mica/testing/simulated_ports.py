@@ -1,4 +1,4 @@
-"""Simulated storage, networking, slices, images and host facts over a :class:`SimulatedHost`."""
+"""Simulated networking, slices, images and host facts over a :class:`SimulatedHost`."""
 
 from __future__ import annotations
 
@@ -8,105 +8,15 @@ from typing import Any
 import msgspec
 
 from mica.model.errors import Code, MicaError, not_found
-from mica.model.image import DebianRecipe, DiskFormat, Firmware, Image, ImageRecipe, ImportRecipe
-from mica.model.units import MIB, Bytes, format_size
-from mica.model.vm import DiskSpec, NetworkKind, NicRuntime, ProcessRef, Publish, Vm
+from mica.model.image import DebianRecipe, Image, ImageRecipe, ImportRecipe
+from mica.model.units import MIB, Bytes
+from mica.model.vm import NetworkKind, NicRuntime, ProcessRef, Publish, Vm
 from mica.ports.host import Capacity
 from mica.ports.progress import Progress
 from mica.ports.slices import SliceLimits, SliceUsage
-from mica.ports.volumes import Volume
 from mica.testing.simulated_world import SimulatedHost, make_image
 
-_POOL = Path("/simulated/volumes")
 _STEPS = 4
-_ALLOCATED = MIB
-
-
-class SimulatedVolumes:
-    """:class:`mica.ports.volumes.Volumes`; every volume takes 1 MiB of the host's disk."""
-
-    def __init__(self, world: SimulatedHost) -> None:
-        self._world = world
-        self._faults = world.faults
-
-    async def create(self, vm_id: str, disk: DiskSpec, base: Path | None) -> Volume:
-        async with self._faults.around("volumes.create"):
-            there = self._world.volumes.get(vm_id, {}).get(disk.name)
-            if there is not None:
-                if there.backing != ((base,) if base else ()):
-                    raise MicaError(Code.CORRUPT, f"{there.path} exists and is another volume")
-                return there
-            self._take(disk.name)
-            return self._keep(vm_id, disk, base)
-
-    def _take(self, name: str) -> None:
-        if self._world.disk_free < _ALLOCATED:
-            free = format_size(self._world.disk_free)
-            raise MicaError(Code.INSUFFICIENT_DISK, f"disk {name} does not fit: {free} is free on the host")
-        self._world.disk_free -= _ALLOCATED
-
-    def _keep(self, vm_id: str, disk: DiskSpec, base: Path | None) -> Volume:
-        volume = Volume(
-            name=disk.name,
-            path=_POOL / vm_id / f"{disk.name}.{disk.format}",
-            format=disk.format,
-            size=disk.size,
-            backing=(base,) if base else (),
-            read_only=disk.read_only,
-        )
-        self._world.volumes.setdefault(vm_id, {})[disk.name] = volume
-        return volume
-
-    async def prepare(
-        self, vm_id: str, disks: tuple[DiskSpec, ...], owner: tuple[int, int] | None
-    ) -> tuple[Volume, ...]:
-        del owner
-        async with self._faults.around("volumes.prepare"):
-            if vm_id in self._world.processes:
-                raise MicaError(Code.IN_USE, f"the volumes of {vm_id[:8]} are held by a process")
-            there = self._world.volumes.get(vm_id, {})
-            for disk in disks:
-                if disk.name not in there:
-                    raise not_found("volume", f"{vm_id}/{disk.name}")
-                if there[disk.name].size < disk.size:
-                    there[disk.name] = msgspec.structs.replace(there[disk.name], size=disk.size)
-            if vm_id in self._world.unclean:
-                self._world.checked.append(vm_id)
-            if disks:
-                self._world.unclean.add(vm_id)
-            return tuple(there[disk.name] for disk in disks)
-
-    async def settled(self, vm_id: str) -> None:
-        async with self._faults.around("volumes.settled"):
-            self._world.unclean.discard(vm_id)
-
-    async def nvram(self, vm_id: str, firmware: Firmware, owner: tuple[int, int] | None) -> Volume | None:
-        del owner
-        async with self._faults.around("volumes.nvram"):
-            if firmware is not Firmware.UEFI:
-                return None
-            there = self._world.volumes.get(vm_id, {})
-            if "nvram" not in there:
-                self._take("nvram")
-                disk = DiskSpec(name="nvram", size=Bytes(MIB), format=DiskFormat.RAW)
-                return self._keep(vm_id, disk, None)
-            return there["nvram"]
-
-    async def remove(self, vm_id: str) -> None:
-        async with self._faults.around("volumes.remove"):
-            if vm_id in self._world.processes:
-                raise MicaError(Code.IN_USE, f"the volumes of {vm_id[:8]} are held by a process")
-            gone = self._world.volumes.pop(vm_id, {})
-            self._world.disk_free += len(gone) * _ALLOCATED
-            self._world.unclean.discard(vm_id)
-
-    async def usage(self, vm_id: str) -> Bytes:
-        async with self._faults.around("volumes.usage"):
-            return Bytes(len(self._world.volumes.get(vm_id, {})) * _ALLOCATED)
-
-    async def owners(self) -> set[str]:
-        async with self._faults.around("volumes.owners"):
-            return set(self._world.volumes)
 
 
 class SimulatedNetworks:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mica.engine.records import Claim, Records, Reservation, Versioned
 from mica.model.operation import OperationState
 from mica.model.vm import AgentState, Vm, VmState, VmStatus
 from mica.ports.hypervisor import RunState
+from mica.testing.simulated_files import PARTS
 from mica.testing.simulated_world import SimulatedHost, SimulatedProcess
 
 SETTLED = frozenset({VmState.STOPPED, VmState.CRASHED, VmState.TRASHED, VmState.RUNNING, VmState.PAUSED})
@@ -44,6 +45,20 @@ async def lies(world: SimulatedHost, records: Records, *, stuck: bool = False, l
     found += [f"image {digest[:20]} has a row and no files" for digest in whole - world.images.keys()]
     if not leftovers:
         found += [f"image {digest[:20]} has files and no row" for digest in world.images.keys() - rows.keys()]
+    return found
+
+
+def parts(world: SimulatedHost, known: Collection[str]) -> list[str]:
+    """Parts that are there and nobody knows of, that are known and not there, and layers below others that are gone.
+
+    ``known`` are the ids of all parts that have a row and are to have a file.
+    """
+    there = world.storage.parts
+    found = [f"part {part_id} is of nobody" for part_id in sorted(there.keys() - set(known))]
+    found += [f"part {part_id} has no file" for part_id in sorted(set(known) - there.keys())]
+    for path, file in world.storage.there.items():
+        missing = [p.name for p in file.below if p.parent == PARTS and p.name not in there]
+        found += [f"{path} lies over parts {missing}, which are gone"] if missing else []
     return found
 
 
@@ -123,6 +138,7 @@ def _left_over(
     found += [f"slice {vm_id} of nobody" for vm_id in world.slices.keys() - live]
     found += [f"slice {vm_id} is gone" for vm_id in live - world.slices.keys()]
     found += [f"volumes of {vm_id}, which does not exist" for vm_id in world.volumes.keys() - vms.keys()]
+    found += [f"disks staged for {vm_id}, which are nobody's" for vm_id in world.storage.staged]
     found += [f"logs of {vm_id}, which does not exist" for vm_id in world.logs - vms.keys()]
     found += [f"remains of {vm_id}" for vm_id in world.remains.keys() - live]
     found += [f"a connection to {vm_id}, which does not run" for vm_id in world.connections - live]
