@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from mica.engine.definition import NoParams, Policy
-from mica.engine.reconcilers import ROUND_S, Loop
+from mica.engine.reconcilers import ROUND_S, Loop, guests
 from mica.engine.records import Draft, Ledger, Reservation
 from mica.model.errors import Code, MicaError
 from mica.model.operation import OperationState
@@ -367,6 +367,23 @@ async def test_facts_of_guests_are_asked_for_and_a_lying_agent_harms_nobody() ->
         life.rig.world.faults.clear()
         await life.advance(4.0)
         assert (await life.engine.views.vm("a")).observed.os == "Simulated GNU/Linux 1"
+
+
+async def test_a_guest_of_which_all_is_known_is_asked_now_and_then() -> None:
+    async with living() as life:
+        await create(life, "a", start=True)
+        await life.advance(5.0)
+        log = life.rig.world.faults.log
+        asked = log.count("guests.facts")
+        assert asked == 1
+        await life.advance(guests.AGAIN_S - 3.0)
+        assert log.count("guests.facts") == asked
+        await life.advance(6.0)
+        assert log.count("guests.facts") == asked + 1
+        await do(life, "vm.restart", "a", VmStop())
+        await life.advance(5.0)  # another boot: nothing is known of it
+        assert log.count("guests.facts") == asked + 2
+        assert (await life.engine.views.vm("a")).observed.os
 
 
 async def test_usage_is_sampled_and_forgotten() -> None:

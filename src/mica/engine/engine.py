@@ -63,7 +63,6 @@ class Engine:
         self._vms: dict[str, VmActor] = {}
         self._others: dict[str, Actor] = {}
         self._group: asyncio.TaskGroup | None = None
-        self.round = 0
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

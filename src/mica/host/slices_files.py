@@ -37,21 +37,23 @@ def write(path: Path, value: str) -> None:
 
 def number(path: Path) -> int | None:
     """The number in a file, ``None`` when it is not there or says ``max``."""
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except (FileNotFoundError, OSError):
-        return None
+    text = _read(path).strip()
     return int(text) if text.isdigit() else None
 
 
 def fields(path: Path) -> dict[str, int]:
     """A file of ``name value`` lines; empty when it is not there."""
+    pairs = (line.split() for line in _read(path).splitlines())
+    return {pair[0].decode(): int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def _read(path: Path) -> bytes:
+    """A file of the kernel, empty when it cannot be read. Without codecs, as each VM's are read every few seconds."""
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     except OSError:
-        return {}
-    pairs = (line.split() for line in lines)
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+        return b""
 
 
 def quota_us(cpus: float) -> int:

@@ -79,7 +79,7 @@ def make_loops(env: Env, engine: Engine) -> list[Loop]:
         Loop("leftovers", lambda: leftovers.reconcile(env), env.clock, 300.0, 2.0),
         Loop("ledger", lambda: ledger.reconcile(env), env.clock, 60.0, 5.0),
         Loop("usage", lambda: usage.reconcile(env, engine), env.clock, 5.0, 0.5),
-        Loop("guests", lambda: guests.reconcile(env, engine), env.clock, 2.0, 0.5),
+        Loop("guests", guests.AskGuests(env, engine).reconcile, env.clock, 2.0, 0.5),
         Loop("trash", lambda: trash.reconcile(env, engine), env.clock, 60.0, 10.0),
         Loop("retention", lambda: retention.reconcile(env), env.clock, 600.0, 20.0),
         Loop("actors", lambda: actors.reconcile(engine), env.clock, 30.0, 30.0),

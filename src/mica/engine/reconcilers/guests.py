@@ -16,29 +16,46 @@ if TYPE_CHECKING:
 
 replace = msgspec.structs.replace
 
-# Facts are asked for again every so many rounds; a guest whose address is not known yet is asked every round.
-EVERY = 15
+# A guest of which all is known is asked again after so long, when it was asked last by this daemon; one whose address
+# is not known yet is asked every round. Seconds.
+AGAIN_S = 30.0
 
 
-async def reconcile(env: Env, engine: Engine) -> str:
-    engine.round += 1
-    for vm_id in engine.live():
-        row = await env.records.statuses.get(vm_id)
-        if row is None or row.value.runtime is None:
-            continue
-        seen = row.value.observed
-        if seen.state is not VmState.RUNNING or seen.agent is not AgentState.READY or engine.waiting(vm_id):
-            continue
-        # Spread over the rounds, so that many VMs are not asked all at once.
-        due = (engine.round + hash(vm_id)) % EVERY == 0
-        if not due and seen.os and (seen.addresses or not row.value.runtime.nics):
-            continue
+class AskGuests:
+    """One for each engine. Remembers only when it asked: a daemon that forgets that asks once more."""
+
+    def __init__(self, env: Env, engine: Engine) -> None:
+        self._env = env
+        self._engine = engine
+        self._asked: dict[str, float] = {}
+
+    async def reconcile(self) -> str:
+        live = self._engine.live()
+        for gone in self._asked.keys() - live:
+            del self._asked[gone]
+        for vm_id in live:
+            row = await self._env.records.statuses.get(vm_id)
+            if row is not None and self._is_due(vm_id, row.value):
+                await self._ask(vm_id, row.value)
+        return ""
+
+    def _is_due(self, vm_id: str, status: VmStatus) -> bool:
+        seen, runtime = status.observed, status.runtime
+        if seen.state is not VmState.RUNNING or seen.agent is not AgentState.READY or runtime is None:
+            return False
+        if self._engine.waiting(vm_id):
+            return False
+        known = seen.os and (seen.addresses or not runtime.nics)
+        return not known or self._asked.get(vm_id, -AGAIN_S) + AGAIN_S <= self._env.clock.monotonic()
+
+    async def _ask(self, vm_id: str, status: VmStatus) -> None:
+        assert status.runtime is not None
+        self._asked[vm_id] = self._env.clock.monotonic()
         try:
-            facts = await env.guests.facts(vm_id, row.value.runtime)
+            facts = await self._env.guests.facts(vm_id, status.runtime)
         except MicaError:
-            continue  # the agent's state is seen and shown already; the next round asks again
-        await env.records.statuses.update(vm_id, lambda s, facts=facts: _with(s, facts), durable=False)  # type: ignore[misc]
-    return ""
+            return  # the agent's state is seen and shown already, and it is asked again
+        await self._env.records.statuses.update(vm_id, lambda s: _with(s, facts), durable=False)
 
 
 def _with(status: VmStatus, facts: GuestFacts) -> VmStatus:
