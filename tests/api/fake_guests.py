@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from mica.model.errors import Code, MicaError, Problem, invalid, not_found
-from mica.model.exec import ExecRecord, ExecSpec, ExecState, check_exec
+from mica.model.exec import ExecSpec, ExecState, ExecView, check_exec
 from mica.model.operation import Actor
 from mica.model.views import VmView
 from mica.model.vm import VmState
@@ -30,7 +30,7 @@ class FakeGuests:
         self.serial: dict[str, bytearray] = {}
         self.typed: dict[str, bytearray] = {}
         self.kept_from = 0
-        self.commands: dict[str, ExecRecord] = {}
+        self.commands: dict[str, ExecView] = {}
         self.output: dict[str, dict[str, bytearray]] = {}
         self.watchers = 0
         self.files: dict[str, bytes] = {}
@@ -91,12 +91,12 @@ class FakeGuests:
     # The programs of this guest: `cat` repeats its input, `yes N` writes N bytes, `sleep` ends when it is killed,
     # `deaf` takes no input, `both` writes to stdout and stderr; all others are not found.
 
-    async def exec_start(self, vm: str, spec: ExecSpec, *, by: Actor) -> ExecRecord:
+    async def exec_start(self, vm: str, spec: ExecSpec, *, by: Actor) -> ExecView:
         view = await self.vm(vm)
         check_exec(spec)
         if view.observed.state is not VmState.RUNNING:
             raise MicaError(Code.AGENT_UNAVAILABLE, f"VM {view.name} does not run", hint="start it")
-        record = ExecRecord(
+        record = ExecView(
             id=f"exec-{len(self.commands) + 1}", vm_id=view.id, spec=spec, state=ExecState.RUNNING, started_at=NOW
         )
         self.commands[record.id] = record
@@ -104,7 +104,7 @@ class FakeGuests:
         await self._begin(record)
         return self.commands[record.id]
 
-    async def _begin(self, record: ExecRecord) -> None:
+    async def _begin(self, record: ExecView) -> None:
         program, *args = record.spec.argv
         if program == "yes":
             await self.say(record.id, "stdout", b"y" * int(args[0]))
@@ -128,17 +128,17 @@ class FakeGuests:
         async with self.happened:
             self.happened.notify_all()
 
-    async def execs(self, vm: str) -> list[ExecRecord]:
+    async def execs(self, vm: str) -> list[ExecView]:
         id_ = (await self.vm(vm)).id
         return [record for record in self.commands.values() if record.vm_id == id_]
 
-    async def exec_state(self, vm: str, exec_id: str) -> ExecRecord:
+    async def exec_state(self, vm: str, exec_id: str) -> ExecView:
         for record in await self.execs(vm):
             if record.id == exec_id:
                 return record
         raise not_found("exec", exec_id, hint=f"`mica vm show {vm}` lists them")
 
-    async def exec_wait(self, vm: str, exec_id: str) -> ExecRecord:
+    async def exec_wait(self, vm: str, exec_id: str) -> ExecView:
         await self.exec_state(vm, exec_id)
         async with self.happened:
             while not self.commands[exec_id].state.final:

@@ -17,7 +17,7 @@ from mica.cli.vm_cp import Place, parse_place
 from mica.client.archives import CopyReport, measure, pack, unpack
 from mica.client.vms import make_create
 from mica.model.errors import TABLE, Code, not_found
-from mica.model.exec import ExecRecord
+from mica.model.exec import ExecView
 from mica.model.operation import Actor
 from tests.unit.client_fixtures import Engine, Served, mica, served
 
@@ -179,7 +179,7 @@ class Files(Engine):
         super().__init__()
         self.kept: dict[str, bytes] = {}
 
-    async def _begin(self, record: ExecRecord) -> None:
+    async def _begin(self, record: ExecView) -> None:
         await self.end(record.id, 0 if record.spec.argv == ("test", "-d", "/tmp") else 1)
 
     async def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> dict[str, int]:

@@ -14,7 +14,7 @@ from mica.client.handle import VmHandle
 from mica.client.together import alongside
 from mica.client.vms import make_create
 from mica.model.errors import Code, Problem
-from mica.model.exec import ExecRecord, ExecSpec, ExecState
+from mica.model.exec import ExecSpec, ExecState, ExecView
 from tests.unit.client_fixtures import Served, served
 
 
@@ -147,7 +147,7 @@ async def test_no_command(vm: VmHandle) -> None:
 
 def test_how_a_command_ended() -> None:
     spec = ExecSpec(argv=("x",))
-    record = ExecRecord(id="1", vm_id="2", spec=spec)
+    record = ExecView(id="1", vm_id="2", spec=spec)
     replace = msgspec.structs.replace
     assert exit_code(replace(record, state=ExecState.EXITED, exit_code=7)) == 7
     assert exit_code(replace(record, state=ExecState.KILLED, signal=15)) == 143

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mica.model.exec import ExecRecord
+from mica.model.exec import ExecView
 from mica.model.operation import Actor
 from mica.model.views import VmView
 from mica.model.vm import AgentState, VmState
@@ -29,7 +29,7 @@ class Guests(Engine):
             msgspec.structs.replace(view, observed=msgspec.structs.replace(view.observed, agent=agent))
         )
 
-    async def _begin(self, record: ExecRecord) -> None:
+    async def _begin(self, record: ExecView) -> None:
         if record.spec.argv[0] == "test":
             await self.end(record.id, 1)
         elif record.spec.argv[0] != "cat":

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mica.guest.agent import GuestAgent
@@ -112,6 +113,15 @@ async def test_output_status_and_records(world: World) -> None:
     assert world.records[0].state is ExecState.STARTING
     assert world.records[0].guest_dir
     assert world.records[-1] == record
+
+
+def test_users_see_nothing_of_how_a_command_is_run() -> None:
+    record = ExecRecord(
+        id="e", vm_id="v", spec=ExecSpec(argv=("true",)), guest_dir="/run/mica-1", guest_pid=7, pid=8, exit_code=0
+    )
+    shown = msgspec.json.encode(record.view())
+    assert b'"exit_code":0' in shown
+    assert not [word for word in (b"guest", b"pid", b"sequence", b'start"') if word in shown]
 
 
 async def test_every_byte_arrives_and_nothing_else(world: World) -> None:

@@ -18,7 +18,7 @@ from mica.api.problems import body_of, encode
 from mica.api.sockets import Socket, Wire, answering, check_query, converse, offset_of
 from mica.api.waiting import CutShort, first, together
 from mica.model.errors import MicaError, invalid
-from mica.model.exec import ExecRecord
+from mica.model.exec import ExecView
 
 STDIN = 0
 CHANNELS: dict[Literal["stdout", "stderr"], int] = {"stdout": 1, "stderr": 2}
@@ -26,7 +26,7 @@ CHANNELS: dict[Literal["stdout", "stderr"], int] = {"stdout": 1, "stderr": 2}
 _PIECE = 64 * 1024
 
 
-async def ended(engine: Facade, vm: str, exec_id: str, wait_s: float, closing: asyncio.Event) -> ExecRecord:
+async def ended(engine: Facade, vm: str, exec_id: str, wait_s: float, closing: asyncio.Event) -> ExecView:
     """The command as it is when it has ended, the time is over, or the server closes."""
     state = await engine.exec_state(vm, exec_id)
     if wait_s <= 0:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from mica.model.doctor import DoctorReport
-from mica.model.exec import ExecRecord, ExecSpec
+from mica.model.exec import ExecSpec, ExecView
 from mica.model.operation import Actor, Operation
 from mica.model.views import Event, HostView, ImagePage, ImageView, OperationPage, VmPage, VmView
 
@@ -85,13 +85,13 @@ class Consoles(Protocol):
 class Execs(Protocol):
     """Commands in guests. Their output is kept, and read by offset."""
 
-    async def exec_start(self, vm: str, spec: ExecSpec, *, by: Actor) -> ExecRecord: ...
+    async def exec_start(self, vm: str, spec: ExecSpec, *, by: Actor) -> ExecView: ...
 
-    async def execs(self, vm: str) -> list[ExecRecord]: ...
+    async def execs(self, vm: str) -> list[ExecView]: ...
 
-    async def exec_state(self, vm: str, exec_id: str) -> ExecRecord: ...
+    async def exec_state(self, vm: str, exec_id: str) -> ExecView: ...
 
-    async def exec_wait(self, vm: str, exec_id: str) -> ExecRecord:
+    async def exec_wait(self, vm: str, exec_id: str) -> ExecView:
         """The command once it has ended."""
 
     def exec_follow(

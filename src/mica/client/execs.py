@@ -17,7 +17,7 @@ from mica.client.link import Link
 from mica.client.together import alongside
 from mica.client.transport import Params, Transport, path_of, problem_error
 from mica.model.errors import Code, MicaError
-from mica.model.exec import ExecRecord, ExecSpec, ExecState, check_exec
+from mica.model.exec import ExecSpec, ExecState, ExecView, check_exec
 
 Channel = Literal["stdout", "stderr"]
 Stdin = bytes | str | AsyncIterable[bytes] | None
@@ -56,7 +56,7 @@ class ExecResult:
         return self
 
 
-def exit_code(record: ExecRecord) -> int:
+def exit_code(record: ExecView) -> int:
     """The exit status as a shell counts it. Raises what the command failed with: ``timeout``, ``agent-failed`` …"""
     if record.error is not None:
         raise MicaError.of(record.error)
@@ -89,7 +89,7 @@ class ExecStream:
         self._spec = check_exec(spec)
         self._offsets: dict[str, int] = {"stdout": 0, "stderr": 0}
         self._link: Link | None = None
-        self._record: ExecRecord | None = None
+        self._record: ExecView | None = None
         self._fed_on: int | None = None  # the connection that carried input, counted by reconnections
         self.input_refused: MicaError | None = None
         """Why the command takes no more input; what is written then is dropped, as for a program that has ended."""
@@ -97,7 +97,7 @@ class ExecStream:
     async def __aenter__(self) -> Self:
         path = path_of("vms", self._vm, "execs")
         # Not replayed: the daemon starts commands without an idempotency key.
-        self._record = await self._transport.request("POST", path, ExecRecord, body=self._spec, replay=False)
+        self._record = await self._transport.request("POST", path, ExecView, body=self._spec, replay=False)
         self._link = Link(self._transport, path_of("vms", self._vm, "execs", self.id, "stream"), self._where)
         await self._link.open()
         return self
@@ -112,7 +112,7 @@ class ExecStream:
         return {**self._offsets}
 
     @property
-    def record(self) -> ExecRecord:
+    def record(self) -> ExecView:
         """What is known of it: as it was when it began, and at the end as it ended."""
         assert self._record is not None, "enter it first"
         return self._record
@@ -132,7 +132,7 @@ class ExecStream:
             if frame is None:
                 raise StopAsyncIteration
             if isinstance(frame, str):
-                self._record = msgspec.json.decode(frame, type=ExecRecord)
+                self._record = msgspec.json.decode(frame, type=ExecView)
             elif frame[:1] == _STDIN:
                 self.input_refused = problem_error(frame[1:], 0, "standard input")
             elif len(frame) > 1 and frame[0] in _CHANNELS:
@@ -166,9 +166,9 @@ class ExecStream:
     async def kill(self, signum: int = 15) -> None:
         """Send it a signal of the guest's, SIGTERM by default."""
         path = path_of("vms", self._vm, "execs", self.id, "kill")
-        await self._transport.request("POST", path, ExecRecord, body={"signal": signum}, replay=False)
+        await self._transport.request("POST", path, ExecView, body={"signal": signum}, replay=False)
 
-    async def wait(self) -> ExecRecord:
+    async def wait(self) -> ExecView:
         """Pass over what it still says and return how it ended."""
         async for _channel, _data in self:
             pass

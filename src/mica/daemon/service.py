@@ -19,7 +19,7 @@ from mica.guest.sessions import ExecSessions
 from mica.host.facts import read_facts
 from mica.model.doctor import DoctorReport
 from mica.model.errors import Code, MicaError, invalid
-from mica.model.exec import ExecRecord, ExecSpec
+from mica.model.exec import ExecSpec, ExecView
 from mica.model.operation import Actor, Operation
 from mica.model.transitions import LIVE
 from mica.model.units import Bytes
@@ -195,20 +195,20 @@ class Service:
             )
         return vm_id, name, status.runtime
 
-    async def exec_start(self, vm: str, spec: ExecSpec, *, by: Actor) -> ExecRecord:
+    async def exec_start(self, vm: str, spec: ExecSpec, *, by: Actor) -> ExecView:
         vm_id, name, runtime = await self._guest(vm)
         record = await self._execs.start(vm_id, name, runtime, spec)
         log.info("exec", vm=name, exec=record.id, by=by.name, source=by.source, command=spec.argv[0])
-        return record
+        return record.view()
 
-    async def execs(self, vm: str) -> list[ExecRecord]:
-        return self._execs.of(await self._records.resolve_vm(vm))
+    async def execs(self, vm: str) -> list[ExecView]:
+        return [record.view() for record in self._execs.of(await self._records.resolve_vm(vm))]
 
-    async def exec_state(self, vm: str, exec_id: str) -> ExecRecord:
-        return self._execs.get(await self._records.resolve_vm(vm), exec_id)
+    async def exec_state(self, vm: str, exec_id: str) -> ExecView:
+        return self._execs.get(await self._records.resolve_vm(vm), exec_id).view()
 
-    async def exec_wait(self, vm: str, exec_id: str) -> ExecRecord:
-        return await self._execs.wait(await self._records.resolve_vm(vm), exec_id)
+    async def exec_wait(self, vm: str, exec_id: str) -> ExecView:
+        return (await self._execs.wait(await self._records.resolve_vm(vm), exec_id)).view()
 
     async def exec_follow(
         self, vm: str, exec_id: str, stream: Literal["stdout", "stderr"], offset: int

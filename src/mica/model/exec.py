@@ -49,11 +49,9 @@ class ExecSpec(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None = None
 
 
-class ExecRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An exec as it is kept: all that a new daemon needs to find it again in the guest.
+class ExecView(msgspec.Struct, frozen=True, kw_only=True):
+    """A command and what became of it.
 
-    ``guest_dir`` and ``guest_pid`` are the runner in the guest that executes it as its ``sequence``-th command, ``pid``
-    the command itself; ``out_start`` and ``err_start`` are where its output begins in the runner's first segments.
     Times are Unix seconds. ``exit_code`` follows the shell: 128 + n for a command ended by signal n, and then
     ``signal`` is n. ``reduced`` says what the guest could not give, for people.
     """
@@ -62,18 +60,31 @@ class ExecRecord(msgspec.Struct, frozen=True, kw_only=True):
     vm_id: str
     spec: ExecSpec
     state: ExecState = ExecState.STARTING
-    guest_dir: str = ""
-    guest_pid: int = 0
-    sequence: int = 0
-    out_start: int = 0
-    err_start: int = 0
-    pid: int | None = None
     exit_code: int | None = None
     signal: int | None = None
     started_at: float = 0.0
     ended_at: float | None = None
     error: Problem | None = None
     reduced: str = ""
+
+
+class ExecRecord(ExecView, frozen=True, kw_only=True):
+    """An exec as it is kept: all that a new daemon needs to find it again in the guest.
+
+    ``guest_dir`` and ``guest_pid`` are the runner in the guest that executes it as its ``sequence``-th command, ``pid``
+    the command itself; ``out_start`` and ``err_start`` are where its output begins in the runner's first segments.
+    """
+
+    guest_dir: str = ""
+    guest_pid: int = 0
+    sequence: int = 0
+    out_start: int = 0
+    err_start: int = 0
+    pid: int | None = None
+
+    def view(self) -> ExecView:
+        """What users see of it: nothing of how it is run."""
+        return ExecView(**{name: getattr(self, name) for name in ExecView.__struct_fields__})
 
 
 def check_exec(spec: ExecSpec) -> ExecSpec:

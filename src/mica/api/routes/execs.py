@@ -11,7 +11,7 @@ from litestar.params import JSONBody, PathParameter
 from mica.api import execs
 from mica.api.lifetime import LifetimeDep
 from mica.api.params import ActorDep, EngineDep, VmRef, Wait
-from mica.model.exec import ExecRecord, ExecSpec
+from mica.model.exec import ExecSpec, ExecView
 
 EXECS = "/v1/vms/{vm:str}/execs"
 EXEC = EXECS + "/{exec_id:str}"
@@ -28,23 +28,23 @@ KILL = ExecKill()
 
 
 @post(EXECS, status_code=201, summary="Start a command in the guest", operation_id="exec_start")
-async def start(engine: EngineDep, actor: ActorDep, vm: VmRef, data: JSONBody[ExecSpec]) -> Response[ExecRecord]:
+async def start(engine: EngineDep, actor: ActorDep, vm: VmRef, data: JSONBody[ExecSpec]) -> Response[ExecView]:
     record = await engine.exec_start(vm, data, by=actor)
     return Response(record, headers={"Location": f"/v1/vms/{vm}/execs/{record.id}"})
 
 
 @get(EXECS, summary="List a VM's commands", operation_id="exec_list")
-async def list_execs(engine: EngineDep, vm: VmRef) -> list[ExecRecord]:
+async def list_execs(engine: EngineDep, vm: VmRef) -> list[ExecView]:
     return await engine.execs(vm)
 
 
 @get(EXEC, summary="Show a command, or wait for its end", operation_id="exec_show")
-async def show(engine: EngineDep, lifetime: LifetimeDep, vm: VmRef, exec_id: ExecId, wait: Wait = 0.0) -> ExecRecord:
+async def show(engine: EngineDep, lifetime: LifetimeDep, vm: VmRef, exec_id: ExecId, wait: Wait = 0.0) -> ExecView:
     return await execs.ended(engine, vm, exec_id, wait, lifetime.closing)
 
 
 @post(f"{EXEC}/kill", status_code=200, summary="Send a command a signal", operation_id="exec_kill")
-async def kill(engine: EngineDep, vm: VmRef, exec_id: ExecId, data: JSONBody[ExecKill] = KILL) -> ExecRecord:
+async def kill(engine: EngineDep, vm: VmRef, exec_id: ExecId, data: JSONBody[ExecKill] = KILL) -> ExecView:
     await engine.exec_kill(vm, exec_id, data.signal)
     return await engine.exec_state(vm, exec_id)
 
