@@ -6,6 +6,7 @@ lies below first. Like a file on a disk it may have two names, which is what fre
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,10 @@ _NONE: Final = Bytes(0)
 
 @dataclass(eq=False)
 class SimulatedFile:
-    """``below`` are the files that it is a layer over, nearest first. ``damage`` is what a test has done to it."""
+    """``below`` are the files that it is a layer over, nearest first. ``damage`` is what a test has done to it.
+
+    ``allocated`` is what it takes of the host's disk, which is free again once it is gone.
+    """
 
     tokens: list[str] = field(default_factory=list)
     below: tuple[Path, ...] = ()
@@ -31,6 +35,7 @@ class SimulatedFile:
     format: DiskFormat = DiskFormat.RAW
     read_only: bool = False
     damage: str = ""
+    allocated: int = 0
 
     def write(self, token: str) -> None:
         """Raises :class:`AssertionError` when it is a part: no machine may ever write to one."""
@@ -53,13 +58,14 @@ class SimulatedFiles:
         below = [self.there[p] for p in reversed(file.below) if p in self.there or p.parent == PARTS]
         return tuple(token for layer in (*below, file) for token in layer.tokens)
 
-    def names(self, file: SimulatedFile) -> int:
-        return sum(1 for other in self.there.values() if other is file)
+    def put(self, path: Path, tokens: Iterable[str]) -> None:
+        """A file that somebody has written, over an earlier one."""
+        self.there[path] = SimulatedFile(list(tokens))
 
-    def remove(self, path: Path) -> bool:
-        """Take away a name; say whether the file is gone with it."""
+    def remove(self, path: Path) -> int:
+        """Take away a name, and with the last one the file. Returns the bytes that are free now."""
         file = self.there.pop(path, None)
-        return file is not None and self.names(file) == 0
+        return 0 if file is None or file in self.there.values() else file.allocated
 
     @property
     def parts(self) -> dict[str, SimulatedFile]:

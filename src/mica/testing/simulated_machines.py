@@ -12,6 +12,7 @@ from mica.model.vm import AgentState, NicRuntime, VmRuntime, VmSpec
 from mica.ports.guests import GuestFacts
 from mica.ports.hypervisor import Captured, Exit, LaunchPlan, MachineStatus, Origin, RunState
 from mica.ports.volumes import Volume
+from mica.testing.simulated_files import PARTS
 from mica.testing.simulated_world import Behaviour, Feed, SimulatedHost, SimulatedProcess
 
 MAX_CPUS = 64
@@ -66,10 +67,10 @@ class SimulatedMachine:
             if self.process.run is RunState.RUNNING:
                 raise MicaError(Code.STATE_CONFLICT, "a machine that runs cannot be captured")
             world, own = self.process.world, self.process.plan.origin is None
-            world.contents[into / "devices"] = ("devices",)
+            world.storage.put(into / "devices", ["devices"])
             if own:
                 return Captured(devices=into / "devices", build=BUILD)
-            world.contents[into / "changes"] = tuple(self.process.memory)
+            world.storage.put(into / "changes", self.process.memory)
             return Captured(devices=into / "devices", changes=into / "changes", build=BUILD, changed=Bytes(MIB))
 
     async def load(self, origin: Origin) -> None:
@@ -78,9 +79,10 @@ class SimulatedMachine:
             world, process = self.process.world, self.process
             if not process.waits:
                 raise MicaError(Code.QEMU_FAILED, "the machine has its state already")
-            if origin.devices not in world.contents or (origin.changes and origin.changes not in world.contents):
+            there = world.storage.there
+            if origin.devices not in there or (origin.changes and origin.changes not in there):
                 raise MicaError(Code.CORRUPT, f"there is no state at {origin.devices}")
-            source = world.contents[origin.changes] if origin.changes else world.ram_images[origin.ram]
+            source = there[origin.changes].tokens if origin.changes else world.ram_images[origin.ram]
             process.memory = list(source)
             process.run, process.waits, process.agent = RunState.PAUSED, False, AgentState.READY
 
@@ -96,7 +98,9 @@ class SimulatedMachine:
             self._check_alive()
             if self.process.run is RunState.RUNNING:
                 raise MicaError(Code.STATE_CONFLICT, "disks move while the machine is paused")
-            self.process.switched = tuple(v.path for v in volumes)
+            if missing := [v.name for v in volumes if v.path not in self.process.world.storage.there]:
+                raise MicaError(Code.QEMU_FAILED, f"Could not open disks {missing}")
+            self.process.disks |= {v.name: v.path for v in volumes}
 
     def events(self) -> Feed:
         return self.process.listen()
@@ -133,16 +137,16 @@ class SimulatedRamImages:
 
     def need(self, origin: Origin) -> None:
         if origin.ram not in self._world.ram_images:
-            if origin.ram_file not in self._world.contents:
+            if origin.ram_file not in self._world.storage.there:
                 raise not_found("RAM image", origin.ram)
-            self._world.ram_images[origin.ram] = list(self._world.contents[origin.ram_file])
+            self._world.ram_images[origin.ram] = list(self._world.storage.there[origin.ram_file].tokens)
         self._held.add(origin.ram)
 
     async def save(self, ram_id: str, file: Path, report: Callable[[float], None]) -> None:
         async with self._faults.around("ram.save"):
             if ram_id not in self._held:
                 raise not_found("RAM image", ram_id)
-            self._world.contents[file] = tuple(self._world.ram_images[ram_id])
+            self._world.storage.put(file, self._world.ram_images[ram_id])
             report(1.0)
 
     def held(self) -> set[str]:
@@ -203,9 +207,10 @@ class SimulatedHypervisor:
         world, vm = self._world, plan.vm
         wanted = [d.name for d in vm.spec.disks]
         given = [v.name for v in plan.volumes if v.name != "nvram"]
-        there = world.volumes.get(vm.id, {})
-        staged = world.staged.get(vm.id, {})
-        missing = [v.name for v in plan.volumes if v.name not in there and v.name not in staged]
+        files = {v.path for v in plan.volumes} | {
+            path for v in plan.volumes for path in v.backing if path.parent == PARTS
+        }
+        missing = sorted(str(path) for path in files - world.storage.there.keys())
         if missing or given != wanted:
             raise MicaError(Code.QEMU_FAILED, f"Could not open disks: wanted {wanted}, given {given}, no {missing}")
         nics = [n.name for n in plan.nics]

@@ -45,7 +45,7 @@ class SimulatedVolumes:
 
     def _keep(self, vm_id: str, disk: DiskSpec, below: tuple[Path, ...]) -> Volume:
         volume = _volume(vm_id, disk, f"{disk.name}.{disk.format}", below)
-        self._files.there[volume.path] = SimulatedFile(below=below, size=volume.size, format=volume.format)
+        self._files.there[volume.path] = _file(volume)
         self._world.volumes.setdefault(vm_id, {})[disk.name] = volume
         return volume
 
@@ -91,9 +91,7 @@ class SimulatedVolumes:
             if vm_id in self._world.processes:
                 raise MicaError(Code.IN_USE, f"the volumes of {vm_id[:8]} are held by a process")
             gone = [*self._world.volumes.pop(vm_id, {}).values(), *self._files.staged.pop(vm_id, {}).values()]
-            for volume in gone:
-                if volume.path.parent != POOL / vm_id or self._files.remove(volume.path):
-                    self._world.disk_free += _ALLOCATED
+            self._world.disk_free += sum(self._files.remove(volume.path) for volume in gone)
             self._world.unclean.discard(vm_id)
 
     async def usage(self, vm_id: str) -> Bytes:
@@ -140,7 +138,7 @@ class SimulatedBranches:
             wanted = msgspec.structs.replace(disk, size=size, format=DiskFormat.QCOW2)
             generation = self._files.generations.get((vm_id, disk.name), 0) + 1
             volume = _volume(vm_id, wanted, f"{disk.name}.{generation}.qcow2", below)
-            self._files.there[volume.path] = SimulatedFile(below=below, size=size, format=DiskFormat.QCOW2)
+            self._files.there[volume.path] = _file(volume)
             self._files.staged.setdefault(vm_id, {})[disk.name] = volume
             return volume
 
@@ -150,10 +148,8 @@ class SimulatedBranches:
                 present = self._world.volumes.setdefault(vm_id, {}).get(name)
                 if present is not None:
                     file = self._files.there[present.path]
-                    if self._files.remove(present.path):
-                        self._world.disk_free += _ALLOCATED
-                    else:
-                        file.read_only = True
+                    self._world.disk_free += self._files.remove(present.path)
+                    file.read_only = True
                 self._world.volumes[vm_id][name] = volume
                 key = (vm_id, name)
                 self._files.generations[key] = self._files.generations.get(key, 0) + 1
@@ -165,8 +161,7 @@ class SimulatedBranches:
 
     def _drop(self, vm_id: str, name: str) -> None:
         staged = self._files.staged[vm_id]
-        self._files.remove(staged.pop(name).path)
-        self._world.disk_free += _ALLOCATED
+        self._world.disk_free += self._files.remove(staged.pop(name).path)
         if not staged:
             del self._files.staged[vm_id]
 
@@ -189,10 +184,10 @@ class SimulatedParts:
                 if path in self._files.there:
                     return
                 raise not_found("file", str(source))
-            if path not in self._files.there:
-                _take_space(self._world, f"part {part_id}")
+            _take_space(self._world, f"part {part_id}")
+            self._world.disk_free += self._files.remove(path)
             file = self._files.there.pop(source)
-            file.read_only = True
+            file.read_only, file.allocated = True, _ALLOCATED
             self._files.there[path] = file
 
     async def seal(self, part_id: str, report: Callable[[float], None]) -> Seal:
@@ -217,8 +212,7 @@ class SimulatedParts:
 
     async def remove(self, part_id: str) -> None:
         async with self._faults.around("parts.remove"):
-            if self._files.remove(self.path(part_id)):
-                self._world.disk_free += _ALLOCATED
+            self._world.disk_free += self._files.remove(self.path(part_id))
 
     async def present(self) -> set[str]:
         async with self._faults.around("parts.present"):
@@ -234,6 +228,10 @@ def _volume(vm_id: str, disk: DiskSpec, name: str, below: tuple[Path, ...]) -> V
         backing=below,
         read_only=disk.read_only,
     )
+
+
+def _file(volume: Volume) -> SimulatedFile:
+    return SimulatedFile(below=volume.backing, size=volume.size, format=volume.format, allocated=_ALLOCATED)
 
 
 def _below(world: SimulatedHost, disk: str, base: Path | None) -> tuple[Path, ...]:

@@ -61,7 +61,8 @@ class SimulatedProcess:
         self.waits = plan.origin is not None
         self.joined = plan.origin is None
         self.memory: list[str] = []
-        self.switched: tuple[Path, ...] = ()
+        # The files that it has open.
+        self.disks = {volume.name: volume.path for volume in plan.volumes}
         self.gone = asyncio.Event()
         self._runs = asyncio.Event()
         self._booted = False
@@ -206,10 +207,6 @@ class SimulatedHost:
         self.spares: dict[str, SimulatedProcess] = {}
         # Words in frozen memory: the very list of the machine whose memory it was, which may write until it ends.
         self.ram_images: dict[str, list[str]] = {}
-        # What is in files that are on their way to be parts, and in parts.
-        self.contents: dict[Path, tuple[str, ...]] = {}
-        # Layers beside the volumes of a VM, not taken yet.
-        self.staged: dict[str, dict[str, Volume]] = {}
         self.remains: dict[str, tuple[ProcessRef, Exit]] = {}
         self.logs: set[str] = set()
         self.volumes: dict[str, dict[str, Volume]] = {}
@@ -281,8 +278,8 @@ class SimulatedHost:
         Raises :class:`KeyError` when that file is gone, :class:`AssertionError` when it is a part.
         """
         process = self.processes.get(vm_id)
-        volumes = {v.name: v for v in process.plan.volumes} if process else self.volumes[vm_id]
-        self.storage.there[volumes[disk].path].write(token)
+        path = process.disks[disk] if process else self.volumes[vm_id][disk].path
+        self.storage.there[path].write(token)
 
     def content(self, vm_id: str, disk: str) -> tuple[str, ...]:
         """All that was written to a disk, through its layers, oldest first."""
