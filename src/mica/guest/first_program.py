@@ -55,7 +55,8 @@ def standard_input(seed: bytes, unix_time_s: float, macs: list[str]) -> bytes:
     """What it reads: ``seed`` of 64 bytes, the time, and a MAC address for each argument."""
     if len(seed) != SEED_SIZE:
         raise ValueError(f"a seed has {SEED_SIZE} bytes")
-    seconds, fraction = divmod(round(unix_time_s * 1e9), 10**9)
+    seconds = int(unix_time_s)
+    fraction = int((unix_time_s - seconds) * 1e9)
     entropy = struct.pack("<II", SEED_SIZE * 8, SEED_SIZE) + seed
     addresses = b"".join(bytes.fromhex(mac.replace(":", "")) + bytes(2) for mac in macs)
     return entropy + struct.pack("<qq", seconds, fraction) + addresses

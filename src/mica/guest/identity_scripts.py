@@ -142,6 +142,7 @@ hosts=$(awk -v o="$old" -v n="$new" '
     return w
   }
   !/^[ \t]*#/ && o != "localhost" { for (i = 2; i <= NF; i++) if (renamed($i) != $i) $i = renamed($i) }
+  $1 == "127.0.1.1" { for (i = 2; i <= NF && $i != n; i++); if (i > NF) $1 = $1 " " n }
   { for (i = 2; i <= NF; i++) if ($i == n) found = 1; print }
   END { if (!found) print "127.0.1.1\t" n }
 ' /etc/hosts) && printf '%s\n' "$hosts" >/etc/hosts
@@ -258,6 +259,15 @@ names=
 for n in @NAMES@; do [ "$n" = - ] || names="$names $n"; done
 [ "$names" ] || { echo "it has no interface that changed"; exit @NONE@; }
 @CONFIGS@
+for n in $names; do
+  # The link-local address is made from the MAC address when the interface comes up, or when this is switched on.
+  g=/proc/sys/net/ipv6/conf/$n/addr_gen_mode
+  if [ -w "$g" ] && read -r a <"$g" && [ "$a" = 0 ]; then
+    ip -6 addr flush dev "$n" scope link
+    echo 1 >"$g"
+    echo 0 >"$g"
+  fi
+done
 how=
 if [ -d /run/systemd/system ] && systemctl -q is-active systemd-networkd.service; then
   # It takes the machine id, which names it to DHCP servers, only when it starts.
@@ -314,8 +324,8 @@ for p in /lib/systemd/systemd-random-seed /usr/lib/systemd/systemd-random-seed; 
     break
   fi
 done
-for f in /var/lib/systemd/random-seed /var/lib/urandom/random-seed /var/lib/misc/random-seed \
-    /boot/efi/loader/random-seed /efi/loader/random-seed /boot/loader/random-seed; do
+esp=$(sed -n 's|^[^ ]* \([^ ]*\) vfat .*|\1/loader/random-seed|p' /proc/mounts)
+for f in /var/lib/systemd/random-seed /var/lib/urandom/random-seed /var/lib/misc/random-seed $esp; do
   [ -f $f ] || continue
   [ "$done" ] && [ $f = /var/lib/systemd/random-seed ] && continue
   n=$(wc -c <$f)

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import os
 import signal
-import stat
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -22,7 +21,8 @@ from typing import Any
 
 import msgspec
 
-_BUFFER = 4096
+from mica.testing.agent_files import AgentFiles, RefusedError
+
 _FREEZE_SAFE = frozenset(
     {
         "guest-ping",
@@ -33,14 +33,6 @@ _FREEZE_SAFE = frozenset(
         "guest-fsfreeze-thaw",
     }
 )
-_OPEN_FLAGS = {
-    "r": os.O_RDONLY,
-    "r+": os.O_RDWR,
-    "w": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
-    "w+": os.O_RDWR | os.O_CREAT | os.O_TRUNC,
-    "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
-    "a+": os.O_RDWR | os.O_CREAT | os.O_APPEND,
-}
 
 
 class Misbehaviour(StrEnum):
@@ -58,72 +50,16 @@ class Misbehaviour(StrEnum):
     DEEP = "deep"
 
 
-class RefusedError(Exception):
-    """Becomes the protocol's error answer."""
-
-    def __init__(self, desc: str, error_class: str = "GenericError") -> None:
-        super().__init__(desc)
-        self.desc, self.error_class = desc, error_class
-
-
-class _File:
-    """A handle with the habits of C stdio on a non-blocking descriptor."""
-
-    def __init__(self, path: str, mode: str) -> None:
-        flags = _OPEN_FLAGS.get(mode.replace("b", ""))
-        if flags is None:
-            raise RefusedError(f"invalid file open mode '{mode}'")
-        try:
-            self.fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise RefusedError(
-                f"failed to open file '{path}' (mode: '{mode}'): {os.strerror(error.errno or 0)}"
-            ) from error
-        self.fifo = stat.S_ISFIFO(os.fstat(self.fd).st_mode)
-        self._pending = bytearray()
-
-    def read(self, count: int) -> tuple[bytes, bool]:
-        data = bytearray()
-        while len(data) < count:
-            try:
-                piece = os.read(self.fd, count - len(data))
-            except BlockingIOError as error:
-                raise RefusedError("failed to read file: Resource temporarily unavailable") from error
-            if not piece:
-                return bytes(data), True
-            data += piece
-        return bytes(data), False
-
-    def write(self, data: bytes) -> None:
-        self._pending += data
-        if len(self._pending) >= _BUFFER:
-            self.flush()
-
-    def flush(self) -> None:
-        pending, self._pending = bytes(self._pending), bytearray()
-        while pending:
-            try:
-                pending = pending[os.write(self.fd, pending) :]
-            except OSError as error:
-                raise RefusedError(f"failed to write to file: {os.strerror(error.errno or 0)}") from error
-
-    def close(self) -> None:
-        try:
-            self.flush()
-        finally:
-            os.close(self.fd)
-
-
 class _Process:
-    def __init__(self, process: asyncio.subprocess.Process, capture: bool) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, stdin: bytes | None) -> None:
         self.process = process
-        self.capture = capture
+        self.stdin = stdin
         self.out = b""
         self.err = b""
         self.task = asyncio.get_running_loop().create_task(self._collect())
 
     async def _collect(self) -> None:
-        self.out, self.err = await self.process.communicate()
+        self.out, self.err = await self.process.communicate(self.stdin)
 
 
 class FakeAgent:
@@ -145,8 +81,7 @@ class FakeAgent:
         self.shell = "/bin/sh"
         self._port_open = True
         self._misbehaviour: dict[str, Misbehaviour] = {}
-        self._files: dict[int, _File] = {}
-        self._next_handle = 1000
+        self._files = AgentFiles()
         self._processes: dict[int, _Process] = {}
         self._left: dict[int, _Process] = {}
         self._server: asyncio.Server | None = None
@@ -168,12 +103,7 @@ class FakeAgent:
             "guest-fsfreeze-status": lambda _: "frozen" if self.frozen else "thawed",
             "guest-fsfreeze-freeze": self._freeze,
             "guest-fsfreeze-thaw": self._thaw,
-            "guest-file-open": self._open,
-            "guest-file-read": self._read,
-            "guest-file-write": self._write,
-            "guest-file-seek": self._seek,
-            "guest-file-flush": self._flush,
-            "guest-file-close": self._close_file,
+            **self._files.commands,
         }
 
     async def __aenter__(self) -> FakeAgent:
@@ -212,9 +142,7 @@ class FakeAgent:
 
     def forget(self) -> None:
         """As when only the agent is restarted: handles and processes are forgotten, the processes live on."""
-        for file in self._files.values():
-            os.close(file.fd)
-        self._files.clear()
+        self._files.forget()
         self._left.update(self._processes)
         self._processes = {}
 
@@ -332,13 +260,14 @@ class FakeAgent:
         path, *words = [self.shell if word == "/bin/sh" else word for word in (path, *arguments.get("arg", []))]
         env = dict(item.partition("=")[::2] for item in arguments["env"]) if "env" in arguments else None
         sink = asyncio.subprocess.PIPE if capture else asyncio.subprocess.DEVNULL
+        stdin = msgspec.convert(arguments["input-data"], bytes) if "input-data" in arguments else None
         try:
             if path in self.hidden or (not self._sh and path.endswith("/sh")):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             process = await asyncio.create_subprocess_exec(
                 path,
                 *words,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
                 stdout=sink,
                 stderr=sink,
                 env=env,
@@ -347,7 +276,7 @@ class FakeAgent:
         except OSError as error:
             reason = f"Failed to execute child process “{path}” ({os.strerror(error.errno or 0)})"
             raise RefusedError(f"Guest agent command failed, error was '{reason}'") from error
-        self._processes[process.pid] = _Process(process, capture)
+        self._processes[process.pid] = _Process(process, stdin)
         return {"pid": process.pid}
 
     async def _exec_status(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -368,46 +297,10 @@ class FakeAgent:
             answer["err-data"] = known.err
         return answer
 
-    def _handle(self, arguments: dict[str, Any]) -> _File:
-        handle = arguments["handle"]
-        if handle not in self._files:
-            raise RefusedError(f"handle '{handle}' has not been found")
-        return self._files[handle]
-
-    def _open(self, arguments: dict[str, Any]) -> int:
-        file = _File(arguments["path"], arguments.get("mode", "r"))
-        self._next_handle += 1
-        self._files[self._next_handle] = file
-        return self._next_handle
-
-    def _read(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        data, eof = self._handle(arguments).read(arguments.get("count", _BUFFER))
-        return {"count": len(data), "eof": eof, **({"buf-b64": data} if data else {})}
-
-    def _write(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        file = self._handle(arguments)
-        data = msgspec.convert(arguments["buf-b64"], bytes)
-        file.write(data)
-        return {"count": len(data), "eof": False}
-
-    def _seek(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        file = self._handle(arguments)
-        return {"position": os.lseek(file.fd, arguments["offset"], os.SEEK_SET), "eof": False}
-
-    def _flush(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        self._handle(arguments).flush()
-        return {}
-
-    def _close_file(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        file = self._handle(arguments)
-        del self._files[arguments["handle"]]
-        file.close()
-        return {}
-
     @property
     def open_handles(self) -> int:
         """File handles that nobody has closed."""
-        return len(self._files)
+        return self._files.open
 
 
 _LIES = {
