@@ -109,7 +109,7 @@ async def as_child(lab: Lab, runtime: VmRuntime, machine: StatefulMachine, volum
     state = lab.stand.settings.home / "state1"
     state.mkdir()
     pending = Origin(
-        ram="ram1", ram_file=lab.parts / "ram1", devices=state / "devices", build=lab.hypervisor.build(SPEC)
+        ram="ram1", ram_file=lab.parts / "ram1", devices=state / "devices", build=lab.hypervisor.build_of(SPEC)
     )
     above = lab.disk(lab.vm(0), "second", volume)
     spare = await lab.launch(lab.vm(0), above, pending, incarnation=1)
@@ -119,7 +119,7 @@ async def as_child(lab: Lab, runtime: VmRuntime, machine: StatefulMachine, volum
     captured = await machine.capture(state)
     origin = lab.origin("ram1", captured)
     await child.load(origin)
-    await lab.hypervisor.retire(runtime)
+    await lab.hypervisor.retire(lab.vm(0).id, runtime.incarnation)
     await child.resume()
     print(f"paused for {time.monotonic() - began:.3f} s")
     return spare, child, above, origin

@@ -28,6 +28,7 @@ from mica.engine.execs import ExecRows
 from mica.engine.records import Records
 from mica.guest.copy import Copies
 from mica.guest.guests import AgentGuests
+from mica.guest.identity import AgentIdentities
 from mica.guest.sessions import ExecSessions
 from mica.host import slices
 from mica.model.errors import Code, MicaError
@@ -66,6 +67,10 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
             slices=share,
             images=builder.images(),
             guests=guests,
+            identities=AgentIdentities(guests),
+            parts=builder.parts(),
+            branches=builder.branches(),
+            ram=hypervisor.ram,
             policy=builder.policy(host.capacity().memory),
         )
         engine = await stack.enter_async_context(Engine(ports, on_ended=lifetime.metrics.operation).running())

@@ -26,7 +26,7 @@ from mica.model.errors import Code, MicaError, Problem
 from mica.model.operation import Operation, OperationState
 from mica.model.transitions import LIVE, VmVerb
 from mica.model.vm import AgentState, VmObserved, VmRuntime, VmState
-from mica.ports.hypervisor import EventKind, Exit, Machine, MachineEvent, RunState
+from mica.ports.hypervisor import EventKind, Exit, MachineEvent, RunState, StatefulMachine
 
 log = structlog.get_logger()
 replace = msgspec.structs.replace
@@ -171,7 +171,7 @@ class VmActor(Actor):
     ) -> None:
         super().__init__(env, definitions, f"vm/{vm_id}", group)
         self.vm_id = vm_id
-        self.machine: Machine | None = None
+        self.machine: StatefulMachine | None = None
         self._on_settled = on_settled
         self._listener: asyncio.Task[None] | None = None
         self._look = False
@@ -179,7 +179,7 @@ class VmActor(Actor):
         self._exit: Exit | None = None
         self._told: AgentState | None = None
 
-    async def attach(self) -> Machine | None:
+    async def attach(self) -> StatefulMachine | None:
         """Connect by the recorded runtime; ``None`` when there is none or its process is gone."""
         if self.machine is not None:
             return self.machine if self._exit is None else None
@@ -222,7 +222,7 @@ class VmActor(Actor):
         self._look = True
         self._wake.set()
 
-    async def _listen(self, machine: Machine) -> None:
+    async def _listen(self, machine: StatefulMachine) -> None:
         try:
             async for event in machine.events():
                 self._heard(event)
@@ -349,7 +349,7 @@ class VmActor(Actor):
         since = observed.since if observed.state is state else self._env.clock.now()
         return replace(observed, state=state, since=since, reason=reason, agent=agent)
 
-    async def _ended_within(self, machine: Machine, seconds: float) -> Exit | None:
+    async def _ended_within(self, machine: StatefulMachine, seconds: float) -> Exit | None:
         try:
             async with within(self._env.clock, seconds):
                 return await machine.ended()

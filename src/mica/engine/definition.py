@@ -22,9 +22,12 @@ from mica.model.vm import Vm, VmStatus
 from mica.ports.clock import Clock
 from mica.ports.guests import Guests
 from mica.ports.host import Host
-from mica.ports.hypervisor import Hypervisor, Machine
+from mica.ports.hypervisor import Hypervisor, Machine, StatefulMachine
+from mica.ports.identity import Identities
 from mica.ports.images import Images
 from mica.ports.networks import Networks
+from mica.ports.parts import Branches, Parts
+from mica.ports.ram import RamImages
 from mica.ports.slices import Slices
 from mica.ports.volumes import Volumes
 
@@ -91,7 +94,7 @@ class Machines(Protocol):
 
     def machine(self, vm_id: str) -> Machine | None: ...
 
-    async def attach(self, vm_id: str) -> Machine | None:
+    async def attach(self, vm_id: str) -> StatefulMachine | None:
         """Connect to the VM's machine by its recorded runtime, and hand it to the VM's actor."""
 
     def detach(self, vm_id: str) -> None:
@@ -117,6 +120,10 @@ class Ports:
     slices: Slices
     images: Images
     guests: Guests
+    identities: Identities
+    parts: Parts
+    branches: Branches
+    ram: RamImages
     policy: Policy
 
 

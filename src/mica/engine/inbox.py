@@ -24,6 +24,8 @@ def pending(verb: VmVerb, *, paused: bool = False, start: bool = False) -> Pendi
         return Pending(verb, VmState.PAUSED)
     if verb is VmVerb.CREATE and start:
         return Pending(verb, VmState.RUNNING)
+    if verb is VmVerb.REVERT:
+        return Pending(verb, VmState.RUNNING if start else VmState.STOPPED)
     return Pending(verb, RULES[verb].leads_to)
 
 

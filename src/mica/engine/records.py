@@ -11,6 +11,7 @@ from mica.model.errors import Code, MicaError, not_found
 from mica.model.exec import ExecRecord
 from mica.model.image import Image
 from mica.model.operation import Operation
+from mica.model.snapshot import Part, Snapshot
 from mica.model.units import Bytes
 from mica.model.vm import Vm, VmStatus
 from mica.ports.store import ABSENT, Conflict, Key, Store, Transaction
@@ -159,6 +160,9 @@ class Records:
         self.keys = Table(store, "idempotency", Claim)
         self.marks = Table(store, "mark", Mark)
         self.execs = Table(store, "exec", ExecRecord)
+        self.snapshots = Table(store, "snapshot", Snapshot)
+        self.snapshot_names = Table(store, "snapshot.name", Claim)
+        self.parts = Table(store, "part", Part)
 
     async def commit(self, draft: Draft, *, durable: bool = True) -> int:
         return await self.store.commit(draft.transaction(), durable=durable)
@@ -221,3 +225,15 @@ class Records:
             if row.value.name == ref and row.value.deleted_at is not None:
                 return id_
         raise not_found("VM", ref, hint="`mica vm list --trash` lists them all")
+
+    async def resolve_snapshot(self, vm_id: str, ref: str) -> str:
+        """The id of a VM's snapshot meant by a name, an id, or the unique beginning of an id. Raises ``not-found``."""
+        claim = await self.snapshot_names.get(f"{vm_id}/{ref}")
+        if claim is not None:
+            return claim.value.holder
+        if len(ref) >= 8:
+            near = await self.snapshots.scan(after=ref[:-1], limit=MAX_ATTEMPTS)
+            hits = [id_ for id_, row in near.items() if id_.startswith(ref) and row.value.vm_id == vm_id]
+            if len(hits) == 1:
+                return hits[0]
+        raise not_found("snapshot", ref, hint="`mica snapshot list` lists them all")

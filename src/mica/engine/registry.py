@@ -5,6 +5,9 @@ from __future__ import annotations
 from mica.engine.definition import Definition
 from mica.engine.operations import (
     image_make,
+    snapshot_create,
+    snapshot_delete,
+    snapshot_restore,
     vm_create,
     vm_delete,
     vm_pause,
@@ -27,6 +30,11 @@ DEFINITIONS: dict[str, Definition] = {
         vm_delete.DELETE_DEFINITION,
         vm_delete.RESTORE_DEFINITION,
         vm_delete.PURGE_DEFINITION,
+        snapshot_create.DEFINITION,
+        snapshot_restore.DEFINITION,
+        snapshot_delete.DELETE_DEFINITION,
+        snapshot_delete.SET_DEFINITION,
+        snapshot_delete.VERIFY_DEFINITION,
         image_make.MAKE_DEFINITION,
         image_make.DELETE_DEFINITION,
         image_make.VERIFY_DEFINITION,

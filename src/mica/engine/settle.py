@@ -70,7 +70,8 @@ async def stopped(
         status = await env.records.statuses.need(vm_id)
         observed = moved(env, status.value.observed, state, reason, problem)
         observed = replace(observed, agent=AgentState.ABSENT, started_at=None, addresses=())
-        down = replace(status.value, runtime=None, observed=observed)
+        # With its process its memory is gone, and who it was: it will boot as itself.
+        down = replace(status.value, runtime=None, observed=observed, identity=(), becoming=None)
         if down != status.value:
             draft.put(env.records.statuses, vm_id, down, status.generation)
         if not keep:

@@ -133,6 +133,10 @@ class GuestAgent:
         """The guest closed the agent's port: commands under way fail with ``agent-unavailable``."""
         self._channel.port_closed()
 
+    def moved(self, path: Path) -> None:
+        """The guest goes on in another process, behind the socket ``path``."""
+        self._channel.moved(path)
+
     async def wait_ready(self, timeout_s: float) -> None:
         """Return as soon as the agent answers. Raises ``agent-unavailable`` after ``timeout_s``."""
         await self._channel.wait_ready(timeout_s)

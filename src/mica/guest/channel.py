@@ -231,6 +231,13 @@ class AgentChannel:
         if self._wire is not None:
             self._wire.fail(self._not_running())
 
+    def moved(self, path: Path) -> None:
+        """The guest goes on in another process: connect there from now on."""
+        self._path = path
+        if self._wire is not None:
+            self._wire.abort(self._silent())
+            self._wire = None
+
     async def wait_ready(self, timeout_s: float) -> None:
         """Return when the agent answers. Raises ``agent-unavailable`` after ``timeout_s``."""
         loop = asyncio.get_running_loop()

@@ -81,6 +81,10 @@ class AgentGuests:
             self._open.pop(vm_id, None)
             agent.port_closed()
 
+    async def moved(self, vm_id: str, runtime: VmRuntime) -> None:
+        if vm_id in self._agents:
+            self._agents[vm_id].moved(Path(runtime.run_dir) / "agent")
+
     async def erase(self, vm_id: str) -> None:
         await self.forget(vm_id)
         for call in self._on_erase:

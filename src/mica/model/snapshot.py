@@ -15,7 +15,6 @@ from enum import StrEnum
 import msgspec
 
 from mica.model.units import Bytes
-from mica.model.vm import NVRAM as NVRAM
 from mica.model.vm import VmSpec
 
 
@@ -83,8 +82,8 @@ class MemoryState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine at one moment. ``disks`` maps each disk (and ``nvram``) to its layer. ``memory`` is ``None`` when the
-    machine was stopped or its memory was not wanted. ``parent`` is the snapshot that it descends from."""
+    """A machine at one moment. ``disks`` maps each disk (and the UEFI variables) to its layer. ``memory`` is ``None``
+    when the machine was stopped or its memory was not wanted. ``parent`` is the snapshot that it descends from."""
 
     id: str
     vm_id: str

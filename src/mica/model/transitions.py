@@ -74,7 +74,7 @@ RULES: Final[dict[VmVerb, Rule]] = {
     ),
     # Where it leads depends on the snapshot: to a running machine when that has its memory.
     VmVerb.REVERT: _rule(
-        {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), S.STOPPING, S.RUNNING, "restore it from the trash first"
+        {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), None, None, "restore it from the trash first"
     ),
 }
 

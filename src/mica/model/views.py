@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from mica.model.identity import Report
 from mica.model.image import Firmware, Image, ImageRecipe
 from mica.model.operation import Operation
 from mica.model.snapshot import Snapshot
@@ -39,12 +40,14 @@ class VmUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Real use on the host. ``cpu`` is in host processors, averaged over the last seconds; ``None``: not known (yet).
 
     ``memory`` is what the kernel charges to the VM's control group, guest RAM included; by ``process``, where the host
-    has no groups for us, it is what its QEMU holds in memory (RssAnon and RssShmem of proc(5)).
+    has no groups for us, it is what its QEMU holds in memory (RssAnon and RssShmem of proc(5)). ``shared`` is the
+    size of the frozen memory that it reads together with its relatives, which is held once for all of them.
     """
 
     cpu: float | None = None
     cpu_s: float | None = None
     memory: Bytes | None = None
+    shared: Bytes | None = None
     disk: Bytes | None = None
     source: UsageSource | None = None
 
@@ -54,7 +57,9 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``generation`` is what ``If-Match`` takes. ``pending`` names the fields of ``spec`` that wait for a restart.
     ``operations`` are the ids of operations that are queued or running. ``reduced`` says in words what this VM does
-    not get on this host, the jail being its only boundary under TCG among them.
+    not get on this host, the jail being its only boundary under TCG among them. ``snapshot`` is the id of the snapshot
+    that its present state descends from, ``forked_from`` the name of the VM that it began as a copy of; ``identity``
+    tells what a copy has of its own by now, and what it shares with that VM still.
     """
 
     id: str
@@ -77,6 +82,9 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     nics: tuple[NicRuntime, ...] = ()
     usage: VmUsage = VmUsage()
     reduced: tuple[str, ...] = ()
+    snapshot: str = ""
+    forked_from: str = ""
+    identity: Report = ()
 
 
 class SnapshotCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -126,10 +134,12 @@ class ForkAccepted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
-    """One snapshot. ``size`` is what its own parts take on the host in bytes, without what they share with others.
+    """One snapshot. ``size`` is what its own parts take on the host in bytes; one that several have counts to the
+    oldest of them.
 
-    ``damaged`` says what a check found wrong, part by part; ``memory`` tells whether it has the memory of a running
-    machine; ``current`` whether its VM's present state descends directly from it; ``forks`` names the VMs that do too.
+    ``damaged`` says what a check found wrong with what it needs, part by part, and ``verified_at`` is when the part
+    that was checked longest ago was. ``memory`` tells whether it has the memory of a running machine; ``current``
+    whether its VM's present state descends directly from it; ``forks`` names the other VMs whose state does too.
     """
 
     snapshot: Snapshot
@@ -285,7 +295,8 @@ class ImagePage(Page, frozen=True, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One change: ``kind`` is ``vm``, ``operation`` or ``image``; ``object`` is its view now, ``None`` when it is gone.
+    """One change: ``kind`` is ``vm``, ``operation``, ``image`` or ``snapshot``. ``object`` is its view now, ``None``
+    when it is gone.
 
     ``revision`` is what ``since`` takes to go on from here.
     """

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from mica.model.errors import Problem, invalid
+from mica.model.identity import Identity, Report
 from mica.model.image import DiskFormat, Firmware
 from mica.model.units import MIB, Bytes, format_size
 
@@ -227,10 +228,15 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The seen side of a VM: the ``vm.status`` row, written by the VM's actor and by operations on it."""
+    """The seen side of a VM: the ``vm.status`` row, written by the VM's actor and by operations on it.
+
+    ``identity`` tells of a copied machine what it has of its own by now; ``becoming`` is who it is yet to be.
+    """
 
     observed: VmObserved
     runtime: VmRuntime | None = None
+    identity: Report = ()
+    becoming: Identity | None = None
 
 
 def check_name(name: str, noun: str = "name") -> str:

@@ -29,6 +29,9 @@ class Guests(Protocol):
     def port_changed(self, vm_id: str, runtime: VmRuntime, *, opened: bool) -> None:
         """The guest opened or closed the agent's port."""
 
+    async def moved(self, vm_id: str, runtime: VmRuntime) -> None:
+        """The VM goes on in another process: what was said so far stays said, and goes on there."""
+
     async def forget(self, vm_id: str) -> None:
         """The VM's process is gone: close what is open, end what waits."""
 

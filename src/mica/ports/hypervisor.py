@@ -179,8 +179,11 @@ class Hypervisor(Protocol):
     async def attach(self, runtime: VmRuntime) -> StatefulMachine | None:
         """Connect to a machine that was launched, perhaps by an earlier daemon; ``None`` when it is gone."""
 
-    async def retire(self, runtime: VmRuntime) -> None:
+    async def retire(self, vm_id: str, incarnation: int) -> None:
         """End this one machine of the VM and remove what was its alone; another incarnation goes on. Idempotent."""
+
+    async def build(self, runtime: VmRuntime) -> MachineBuild:
+        """What a state of this machine fits."""
 
     async def autopsy(self, runtime: VmRuntime) -> Exit:
         """How a machine that is gone ended, from what it left behind."""

@@ -60,6 +60,9 @@ class Branches(Protocol):
     A staged file has its final name: a machine that has it open finds it there before and after ``take``.
     """
 
+    async def disks(self, vm_id: str) -> set[str]:
+        """Names of the disks (and ``nvram``) that the VM has files of."""
+
     async def freeze(self, vm_id: str, disk: DiskSpec, part_id: str) -> None:
         """Give the file that the disk now is a second name, as a part. A machine may be writing to it still.
 

@@ -167,8 +167,8 @@ class QemuHypervisor:
             await asyncio.shield(self._end(plan.vm.id, plan.incarnation, None))
             raise
 
-    def build(self, spec: VmSpec) -> MachineBuild:
-        """What a state of such a machine would fit on this host."""
+    def build_of(self, spec: VmSpec) -> MachineBuild:
+        """What a state of such a machine would fit if it began now."""
         host = self._host
         return MachineBuild(
             qemu=host.build.identity,
@@ -179,7 +179,7 @@ class QemuHypervisor:
 
     def _check_build(self, plan: LaunchPlan) -> None:
         assert plan.origin is not None
-        theirs, ours = plan.origin.build, self.build(plan.vm.spec)
+        theirs, ours = plan.origin.build, self.build_of(plan.vm.spec)
         differing = [f for f in theirs.__struct_fields__ if getattr(theirs, f) != getattr(ours, f)]
         if differing:
             what = ", ".join(f"{f} {getattr(theirs, f)} (here {getattr(ours, f)})" for f in differing)
@@ -240,7 +240,9 @@ class QemuHypervisor:
             await asyncio.shield(_gone(jailed))
             raise
         jailed.close()
-        handle = Handle(vm_id=vm.id, jailed=jailed.refs, log_offset=log_offset, ram=memory, build=self.build(vm.spec))
+        handle = Handle(
+            vm_id=vm.id, jailed=jailed.refs, log_offset=log_offset, ram=memory, build=self.build_of(vm.spec)
+        )
         return VmRuntime(
             process=jailed.refs.process,
             spec=vm.spec,
@@ -326,9 +328,11 @@ class QemuHypervisor:
         )
         return machine
 
-    async def retire(self, runtime: VmRuntime) -> None:
-        vm_id = msgspec.convert(runtime.handle, Handle).vm_id
-        await self._end(vm_id, runtime.incarnation, runtime)
+    async def retire(self, vm_id: str, incarnation: int) -> None:
+        await self._end(vm_id, incarnation, None)
+
+    async def build(self, runtime: VmRuntime) -> MachineBuild:
+        return msgspec.convert(runtime.handle, Handle).build
 
     async def autopsy(self, runtime: VmRuntime) -> Exit:
         handle = msgspec.convert(runtime.handle, Handle)

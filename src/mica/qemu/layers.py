@@ -11,11 +11,10 @@ import os
 from typing import Any
 
 from mica.model.errors import Code, MicaError
+from mica.model.vm import NVRAM
 from mica.ports.volumes import Volume
 from mica.qemu.devices import disk, firmware
 from mica.qemu.qmp import Monitor
-
-NVRAM = "nvram"
 
 
 async def switch(monitor: Monitor, volumes: tuple[Volume, ...]) -> None:

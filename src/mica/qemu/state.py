@@ -178,4 +178,8 @@ async def join(monitor: Monitor, nics: tuple[NicRuntime, ...]) -> None:
     """See :meth:`mica.ports.hypervisor.StatefulMachine.join`."""
     for hub, one in enumerate(nics):
         for backend in nic.join(one, hub=hub):
-            await monitor.run("netdev_add", backend)
+            try:
+                await monitor.run("netdev_add", backend)
+            except MicaError as error:
+                if "Duplicate ID" not in error.message:  # else it is repeated
+                    raise

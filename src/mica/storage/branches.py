@@ -64,6 +64,9 @@ class DirectoryBranches:
         self._parts = parts.absolute()
         self._qemu_img = QemuImg(qemu_img)
 
+    async def disks(self, vm_id: str) -> set[str]:
+        return self._layout.disks(self._layout.directory(vm_id))
+
     async def freeze(self, vm_id: str, disk: DiskSpec, part_id: str) -> None:
         """See the protocol. Raises ``not-found``, ``corrupt``; ``host-lacks`` where files cannot have two names;
         ``exists`` when the part is another file."""

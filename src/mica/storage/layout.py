@@ -104,6 +104,12 @@ class Layout:
             return Record(DiskFormat.QCOW2)
         return found
 
+    def disks(self, directory: Path) -> set[str]:
+        """Every disk that has a file."""
+        with naming(directory):
+            names = sorted(os.listdir(directory)) if directory.exists() else []
+        return {_disk(match["stem"]) for name in names if (match := _GENERATION.fullmatch(name))}
+
     def staged(self, directory: Path) -> Iterator[tuple[str, Record]]:
         """Every disk for which a file is staged, with its record. Raises ``corrupt``."""
         with naming(directory):

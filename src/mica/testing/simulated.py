@@ -16,7 +16,8 @@ from mica.engine.definition import Policy, Ports
 from mica.engine.records import Records
 from mica.model.units import MIB
 from mica.testing.simulated_faults import Faults
-from mica.testing.simulated_machines import SimulatedGuests, SimulatedHypervisor, SimulatedMachine
+from mica.testing.simulated_identity import SimulatedIdentities
+from mica.testing.simulated_machines import SimulatedGuests, SimulatedHypervisor, SimulatedMachine, SimulatedRamImages
 from mica.testing.simulated_ports import (
     SimulatedHostFacts,
     SimulatedImages,
@@ -48,15 +49,20 @@ __all__ = [
 
 def simulated_ports(world: SimulatedHost, records: Records, policy: Policy | None = None) -> Ports:
     """A daemon's view of ``world``, for :class:`mica.engine.engine.Engine`."""
+    ram = SimulatedRamImages(world)
     return Ports(
         records=records,
         clock=world.clock,
         host=SimulatedHostFacts(world),
-        hypervisor=SimulatedHypervisor(world),
+        hypervisor=SimulatedHypervisor(world, ram),
         volumes=SimulatedVolumes(world),
         networks=SimulatedNetworks(world),
         slices=SimulatedSlices(world),
         images=SimulatedImages(world),
         guests=SimulatedGuests(world),
+        identities=SimulatedIdentities(world),
+        parts=SimulatedParts(world),
+        branches=SimulatedBranches(world),
+        ram=ram,
         policy=policy or Policy(reserve=512 * MIB),
     )

@@ -231,10 +231,14 @@ class SimulatedHypervisor:
                 self._images.learn(runtime.ram)
             return None if found is None else SimulatedMachine(found)
 
-    async def retire(self, runtime: VmRuntime) -> None:
+    async def build(self, runtime: VmRuntime) -> MachineBuild:
+        del runtime
+        return BUILD
+
+    async def retire(self, vm_id: str, incarnation: int) -> None:
         async with self._faults.around("hypervisor.retire"):
             for process in self._world.living():
-                if process.ref == runtime.process:
+                if process.vm_id == vm_id and process.plan.incarnation == incarnation:
                     process.kill("retired")
                     if self._world.processes.get(process.vm_id) is None:
                         self._world.remains.pop(process.vm_id, None)
@@ -298,6 +302,9 @@ class SimulatedGuests:
         self._world.ports_told.append(opened)
         if not opened:
             self._world.connections.discard(vm_id)
+
+    async def moved(self, vm_id: str, runtime: VmRuntime) -> None:
+        del vm_id, runtime
 
     async def forget(self, vm_id: str) -> None:
         async with self._faults.around("guests.forget"):

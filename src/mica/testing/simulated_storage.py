@@ -113,6 +113,10 @@ class SimulatedBranches:
         self._files = world.storage
         self._faults = world.faults
 
+    async def disks(self, vm_id: str) -> set[str]:
+        async with self._faults.around("branches.disks"):
+            return set(self._world.volumes.get(vm_id, {}))
+
     async def freeze(self, vm_id: str, disk: DiskSpec, part_id: str) -> None:
         async with self._faults.around("branches.freeze"):
             volume = self._world.volumes.get(vm_id, {}).get(disk.name)
@@ -176,6 +180,14 @@ class SimulatedParts:
 
     def path(self, part_id: str) -> Path:
         return PARTS / part_id
+
+    async def scratch(self, name: str) -> Path:
+        return Path("/simulated/scratch") / name
+
+    async def drop_scratch(self, name: str) -> None:
+        async with self._faults.around("parts.drop_scratch"):
+            for path in [p for p in self._files.there if p.parent == Path("/simulated/scratch") / name]:
+                self._files.remove(path)
 
     async def keep(self, part_id: str, source: Path) -> None:
         async with self._faults.around("parts.keep"):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
 import structlog
 
 from mica.engine.admission import admit, with_room
-from mica.engine.definition import Context, Proposal, Step
+from mica.engine.definition import Context, Env, Proposal, Step
 from mica.engine.records import Ledger, Reservation
 from mica.engine.settle import moved, set_state, stopped, take_down
+from mica.engine.snapshots import origin_of
 from mica.model.errors import Code, MicaError
-from mica.model.image import Image
+from mica.model.identity import Identity
+from mica.model.snapshot import Snapshot
 from mica.model.transitions import LIVE
 from mica.model.units import Bytes
 from mica.model.vm import AgentState, NicRuntime, Vm, VmRuntime, VmSpec, VmState
-from mica.ports.hypervisor import LaunchPlan
+from mica.ports.hypervisor import LaunchPlan, Origin, RunState, StatefulMachine
 from mica.ports.slices import SliceLimits
 from mica.ports.volumes import Volume
 
@@ -87,12 +90,6 @@ def _spec(context: Context) -> VmSpec:
     return msgspec.convert(context.operation.params["spec"], VmSpec)
 
 
-async def _image(context: Context, vm: Vm) -> Image | None:
-    if vm.spec.image is None:
-        return None
-    return (await context.env.records.images.need(vm.spec.image)).value.image
-
-
 async def begin(context: Context) -> str:
     """Returns the boot of the host in which it began: what the next steps make does not outlive that.
 
@@ -159,25 +156,66 @@ async def undo_networks(context: Context) -> None:
         await context.env.networks.detach(context.vm_id, known)
 
 
+async def plan_launch(
+    env: Env,
+    vm: Vm,
+    volumes: tuple[Volume, ...],
+    nics: tuple[NicRuntime, ...],
+    slice_: dict[str, Any],
+    *,
+    origin: Origin | None = None,
+    incarnation: int = 0,
+    generation_id: str = "",
+) -> LaunchPlan:
+    """Everything that a machine of the VM, with the spec that ``vm`` has, is started with."""
+    image = None
+    if vm.spec.image is not None:
+        image = (await env.records.images.need(vm.spec.image)).value.image
+    direct = image.direct_boot if image and image.disk is None else None
+    files = env.images
+    return LaunchPlan(
+        vm=vm,
+        volumes=volumes,
+        nics=nics,
+        slice=slice_,
+        read_only_paths=(files.path(image, image.disk),) if image and image.disk is not None else (),
+        direct_boot=direct,
+        kernel=files.path(image, direct.kernel) if image and direct else None,
+        initrd=files.path(image, direct.initrd) if image and direct else None,
+        origin=origin,
+        incarnation=incarnation,
+        generation_id=generation_id,
+    )
+
+
+async def _origin(context: Context) -> tuple[Snapshot, Origin] | None:
+    """The state that this start begins at instead of at power-on."""
+    id_ = context.operation.params.get("origin")
+    if not id_:
+        return None
+    snapshot = (await context.env.records.snapshots.need(id_)).value
+    found = origin_of(context.env, snapshot)
+    return None if found is None else (snapshot, found)
+
+
 async def launch(context: Context) -> VmRuntime:
     vm = await _vm(context)
-    image = await _image(context, vm)
     nics = tuple(context.output("network", list[NicRuntime]))
     if context.env.host.boot_id() != context.output("begin", str):
         # The host went down in between, and slices and networks with it. They are taken back under the same names.
         await make_slice(context)
         nics = tuple(await attach_networks(context))
-    direct = image.direct_boot if image and image.disk is None else None
-    files = context.env.images
-    plan = LaunchPlan(
-        vm=vm,
-        volumes=tuple(context.output("prepare", list[Volume])),
-        nics=nics,
-        slice=context.outputs["slice"],
-        read_only_paths=(files.path(image, image.disk),) if image and image.disk is not None else (),
-        direct_boot=direct,
-        kernel=files.path(image, direct.kernel) if image and direct else None,
-        initrd=files.path(image, direct.initrd) if image and direct else None,
+    begun = await _origin(context)
+    volumes = tuple(context.output("prepare", list[Volume]))
+    plan = await plan_launch(
+        context.env,
+        vm,
+        volumes,
+        nics,
+        context.outputs["slice"],
+        origin=begun[1] if begun else None,
+        # A machine that goes back in time is as much another one for its guest as one that was copied.
+        generation_id=context.operation.id if begun else "",
     )
     # When this is repeated, an earlier machine may be attached already: it ends now.
     context.env.machines.detach(vm.id)
@@ -207,11 +245,41 @@ async def run(context: Context) -> None:
         words = (await context.env.hypervisor.autopsy(context.output("launch", VmRuntime))).last_words
         raise MicaError(Code.QEMU_FAILED, f"QEMU ended before the guest ran{': ' + words if words else ''}")
     paused = bool(context.operation.params.get("paused", False))
-    if not paused:
+    begun = await _origin(context)
+    if begun is not None:
+        await _wake(context, machine, *begun)
+    elif not paused:
         await machine.resume()
     seen = await machine.observe()
     state = VmState.PAUSED if paused else VmState.RUNNING
     await set_state(context.env, context.vm_id, lambda o: replace(moved(context.env, o, state), agent=seen.agent))
+
+
+async def _wake(context: Context, machine: StatefulMachine, snapshot: Snapshot, origin: Origin) -> None:
+    """Bring the machine to the state that it begins at, and let it go on as itself: nobody sees it as another."""
+    env, vm_id = context.env, context.vm_id
+    if (await machine.observe()).run is RunState.PRELAUNCH:  # else this is repeated, and it has its state
+        await machine.load(origin)
+    runtime = (await env.records.statuses.need(vm_id)).value.runtime
+    assert runtime is not None
+    spec = _spec(context)
+    old, new = ({n.name: n.mac for n in s.nics} for s in (snapshot.spec, spec))
+    who = Identity(
+        id=vm_id,
+        parent_id=snapshot.vm_id,
+        hostname=spec.hostname if snapshot.vm_id != vm_id else "",
+        macs={mac: new[name] for name, mac in old.items() if name in new and new[name] != mac},
+    )
+    env.guests.port_changed(vm_id, runtime, opened=(await machine.observe()).agent is AgentState.READY)
+    async with asyncio.TaskGroup() as group:
+        # The question waits in the guest's port when the vCPUs begin to run.
+        asking = group.create_task(env.identities.first(vm_id, runtime, who))
+        await machine.resume()
+    await machine.join(runtime.nics)
+    copied = snapshot.vm_id != vm_id
+    await env.records.statuses.update(
+        vm_id, lambda s: replace(s, identity=asking.result(), becoming=who if copied else None)
+    )
 
 
 PROMISE = Step("promise", promise, undo_promise, words="reserving memory")

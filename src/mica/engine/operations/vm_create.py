@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 
 from mica.engine.definition import Context, Definition, Env, Proposal, Step
+from mica.engine.operations.copying import ORIGIN, copy_of
+from mica.engine.operations.placing import free_name, free_slot
 from mica.engine.operations.starting import START, reserve
 from mica.engine.records import Claim, Draft, ImageRow
 from mica.engine.settle import moved, set_state
@@ -22,6 +24,7 @@ from mica.model.transitions import VmVerb
 from mica.model.units import MIB, Bytes, format_size
 from mica.model.views import VmCreate
 from mica.model.vm import (
+    NVRAM,
     DiskSpec,
     Machine,
     NicSpec,
@@ -41,10 +44,6 @@ from mica.ports.volumes import Volume
 replace = msgspec.structs.replace
 
 DEFAULT_MEMORY = Bytes(256 * MIB)
-# Slots number the VMs of a host; a private /24 network and a user id derive from each.
-MAX_SLOTS = 16384
-# A name is at most 63 characters, and a made one ends with a hyphen and a number.
-MAX_STEM = 56
 
 
 def with_macs(vm_id: str, nics: Sequence[NicSpec]) -> tuple[NicSpec, ...]:
@@ -119,20 +118,6 @@ def make_spec(vm_id: str, body: VmCreate, image: Image | None) -> VmSpec:
     )
 
 
-async def free_slot(env: Env) -> int:
-    taken = {int(id_) for id_ in await env.records.slots.scan()}
-    slot = next((n for n in range(MAX_SLOTS) if n not in taken), None)
-    if slot is None:
-        raise MicaError(Code.BUSY, f"this host has {MAX_SLOTS} VMs already", hint="delete some")
-    return slot
-
-
-async def free_name(env: Env, image: Image | None) -> str:
-    stem = image.name[:MAX_STEM].rstrip("-") if image else "vm"
-    taken = set(await env.records.names.scan(after=stem[:-1]))
-    return next(name for n in range(1, MAX_SLOTS + 2) if (name := f"{stem}-{n}") not in taken)
-
-
 async def claim_name(env: Env, draft: Draft, name: str, vm_id: str) -> None:
     """Take a VM name within ``draft``. Raises ``exists`` naming the holder."""
     taken = await env.records.names.get(name)
@@ -149,6 +134,9 @@ async def claim_name(env: Env, draft: Draft, name: str, vm_id: str) -> None:
 async def plan(proposal: Proposal) -> None:
     assert isinstance(proposal.params, VmCreate)
     env, body, vm_id = proposal.env, proposal.params, proposal.target_id
+    if body.snapshot:
+        await admit_new(proposal, await copy_of(proposal, body))
+        return
     row = await find_image(env, body.image)
     if row is not None and row.damaged:
         raise MicaError(
@@ -158,34 +146,39 @@ async def plan(proposal: Proposal) -> None:
         )
     image = row.image if row else None
     spec = make_spec(vm_id, body, image)
-    name = check_name(body.name, "VM name") if body.name else await free_name(env, image)
-    slot = await free_slot(env)
-    now = env.clock.now()
+    name = check_name(body.name, "VM name") if body.name else await free_name(env, image.name if image else "vm")
     vm = Vm(
         id=vm_id,
         name=name,
         spec=replace(spec, hostname=spec.hostname or name),
-        slot=slot,
-        created_at=now,
+        slot=await free_slot(env),
+        created_at=env.clock.now(),
         created_by=proposal.by.name,
         intent=Power.RUNNING if body.start else Power.STOPPED,
         labels=check_labels(body.labels),
         description=body.description,
         image_name=image.name if image else "",
     )
-    proposal.target_name = name
-    await claim_name(env, proposal.draft, name, vm_id)
-    if image is not None:
+    await admit_new(proposal, vm)
+
+
+async def admit_new(proposal: Proposal, vm: Vm) -> None:
+    """Write the rows of a VM that is to be, and promise its memory when it is to start."""
+    assert isinstance(proposal.params, VmCreate)
+    env, draft = proposal.env, proposal.draft
+    proposal.target_name = vm.name
+    await claim_name(env, draft, vm.name, vm.id)
+    if vm.spec.image is not None:
         # Written anew so that deleting the image, which expects the row as it saw it, cannot cross this.
-        held = await env.records.images.need(image.digest)
-        proposal.draft.put(env.records.images, image.digest, held.value, held.generation)
-    proposal.draft.put(env.records.slots, str(slot), Claim(vm_id, at=now), ABSENT)
-    proposal.draft.put(env.records.vms, vm_id, vm, ABSENT)
-    status = VmStatus(observed=VmObserved(state=VmState.CREATING, since=now))
-    proposal.draft.put(env.records.statuses, vm_id, status, ABSENT)
+        held = await env.records.images.need(vm.spec.image)
+        draft.put(env.records.images, vm.spec.image, held.value, held.generation)
+    draft.put(env.records.slots, str(vm.slot), Claim(vm.id, at=vm.created_at), ABSENT)
+    draft.put(env.records.vms, vm.id, vm, ABSENT)
+    status = VmStatus(observed=VmObserved(state=VmState.CREATING, since=vm.created_at))
+    draft.put(env.records.statuses, vm.id, status, ABSENT)
     await env.hypervisor.check(vm.spec)
-    if body.start:
-        await reserve(proposal, vm, overcommit=body.overcommit)
+    if proposal.params.start:
+        await reserve(proposal, vm, overcommit=proposal.params.overcommit)
 
 
 async def erase(env: Env, vm_id: str) -> None:
@@ -201,6 +194,10 @@ async def erase(env: Env, vm_id: str) -> None:
         draft.delete(env.records.slots, str(vm.value.slot))
         draft.delete(env.records.vms, vm_id, vm.generation)
         draft.delete(env.records.statuses, vm_id)
+        for snapshot in (await env.records.snapshots.scan()).values():
+            if snapshot.value.vm_id == vm_id:  # with their VM; parts that copies lie over stay
+                draft.delete(env.records.snapshot_names, f"{vm_id}/{snapshot.value.name}")
+                draft.delete(env.records.snapshots, snapshot.value.id, snapshot.generation)
 
     await env.records.transact(write)
 
@@ -219,9 +216,12 @@ async def make_volumes(context: Context) -> list[Volume]:
     env = context.env
     vm = (await env.records.vms.need(context.vm_id)).value
     volumes = []
-    for disk in vm.spec.disks:
+    disks = [*vm.spec.disks, *([DiskSpec(name=NVRAM, size=Bytes(0))] if NVRAM in vm.layers else [])]
+    for disk in disks:
         base = None
-        if disk.image is not None:
+        if disk.name in vm.layers:
+            base = env.parts.path(vm.layers[disk.name])
+        elif disk.image is not None:
             image = (await env.records.images.need(disk.image)).value.image
             assert image.disk is not None
             base = env.images.path(image, image.disk)
@@ -246,7 +246,8 @@ CREATE = (
 
 
 def steps(operation: Operation) -> Sequence[Step]:
-    return (*CREATE, *START) if operation.params.get("start") else CREATE
+    create = (CREATE[0], ORIGIN, *CREATE[1:]) if operation.params.get("snapshot") else CREATE
+    return (*create, *START) if operation.params.get("start") else create
 
 
 def result(context: Context) -> dict[str, Any]:

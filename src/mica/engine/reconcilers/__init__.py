@@ -14,7 +14,19 @@ import structlog
 
 from mica.engine.deadline import within
 from mica.engine.definition import Env
-from mica.engine.reconcilers import actors, autostart, guests, images, ledger, leftovers, retention, trash, usage
+from mica.engine.reconcilers import (
+    actors,
+    autostart,
+    guests,
+    identity,
+    images,
+    ledger,
+    leftovers,
+    parts,
+    retention,
+    trash,
+    usage,
+)
 from mica.model.errors import MicaError
 from mica.model.units import format_duration
 from mica.ports.clock import Clock
@@ -80,6 +92,8 @@ def make_loops(env: Env, engine: Engine) -> list[Loop]:
         Loop("ledger", lambda: ledger.reconcile(env), env.clock, 60.0, 5.0),
         Loop("usage", lambda: usage.reconcile(env, engine), env.clock, 5.0, 0.5),
         Loop("guests", guests.AskGuests(env, engine).reconcile, env.clock, 2.0, 0.5),
+        Loop("parts", lambda: parts.reconcile(env), env.clock, 60.0, 3.0),
+        Loop("identity", lambda: identity.reconcile(env, engine), env.clock, 2.0, 0.5),
         Loop("trash", lambda: trash.reconcile(env, engine), env.clock, 60.0, 10.0),
         Loop("retention", lambda: retention.reconcile(env), env.clock, 600.0, 20.0),
         Loop("actors", lambda: actors.reconcile(engine), env.clock, 30.0, 30.0),

@@ -1,0 +1,110 @@
+"""A new VM that begins as another one was: what ``vm.create`` does with a snapshot."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mica.engine.definition import Context, Proposal, Step
+from mica.engine.operations.placing import free_name, free_slot
+from mica.engine.snapshots import need_whole
+from mica.model.errors import Code, MicaError, invalid, not_found
+from mica.model.mac import mac_address
+from mica.model.snapshot import Snapshot, SnapshotKind, SnapshotState
+from mica.model.views import VmCreate
+from mica.model.vm import NicSpec, Power, Vm, VmSpec, check_labels, check_name
+
+replace = msgspec.structs.replace
+
+
+async def copy_of(proposal: Proposal, body: VmCreate) -> Vm:
+    """The VM that begins at ``body.snapshot``. Raises ``not-found``, ``corrupt``, ``invalid`` naming what it cannot
+    have otherwise than its original."""
+    env, vm_id = proposal.env, proposal.target_id
+    row = await env.records.snapshots.get(body.snapshot)
+    if row is None:
+        raise not_found("snapshot", body.snapshot, hint="`mica snapshot list` lists them all")
+    snapshot = row.value
+    await need_whole(env, snapshot)
+    _check_same(body, snapshot)
+    # Written anew, so that deleting the snapshot, which expects the row as it saw it, cannot cross this.
+    proposal.draft.put(env.records.snapshots, snapshot.id, snapshot, row.generation)
+    if body.start:
+        proposal.stored_params = {"origin": snapshot.id}
+    parent = await env.records.vms.get(snapshot.vm_id)
+    name = check_name(body.name, "VM name") if body.name else await free_name(env, f"{snapshot.vm_name}-fork")
+    return Vm(
+        id=vm_id,
+        name=name,
+        spec=_spec(vm_id, name, body, snapshot.spec),
+        slot=await free_slot(env),
+        created_at=env.clock.now(),
+        created_by=proposal.by.name,
+        intent=Power.RUNNING if body.start else Power.STOPPED,
+        labels=check_labels(body.labels) or (parent.value.labels if parent else {}),
+        description=body.description,
+        image_name=parent.value.image_name if parent else "",
+        snapshot=snapshot.id if snapshot.kind is not SnapshotKind.FORK else "",
+        forked_from=snapshot.vm_name,
+    )
+
+
+def _check_same(body: VmCreate, snapshot: Snapshot) -> None:
+    """What a machine is made of is in the state that it begins at. Raises ``invalid``."""
+    wanted = {
+        "--cpus": (body.cpus, snapshot.spec.cpus),
+        "--memory": (body.memory, snapshot.spec.memory),
+        "--image": (body.image or None, None),
+        "--disk": (body.disk, None),
+        "--nic": (body.nics, None),
+        "--firmware": (body.firmware, snapshot.spec.firmware),
+        "--cpu-model": (body.cpu_model or None, snapshot.spec.cpu_model),
+    }
+    for option, (new, old) in wanted.items():
+        if new is not None and new != old:
+            raise invalid(
+                f"{option} cannot differ from what snapshot {snapshot.name} of {snapshot.vm_name} has",
+                hint="leave it out, and set it afterwards (`mica vm set`), for the next start",
+            )
+
+
+def _spec(vm_id: str, name: str, body: VmCreate, old: VmSpec) -> VmSpec:
+    """The same machine with a name, addresses and ports of its own."""
+    nics = tuple(_nic(vm_id, nic) for nic in old.nics)
+    if body.publish and nics:
+        nics = (replace(nics[0], publish=body.publish), *nics[1:])
+    return replace(
+        old,
+        nics=nics,
+        hostname=body.hostname or name,
+        cpu_limit=body.cpu_limit if body.cpu_limit is not None else old.cpu_limit,
+        autostart=body.autostart,
+        protected=body.protected,
+        ephemeral=body.ephemeral,
+    )
+
+
+def _nic(vm_id: str, nic: NicSpec) -> NicSpec:
+    publish = tuple(replace(p, host_port=0) for p in nic.publish)
+    return replace(nic, mac=mac_address(vm_id, nic.name), publish=publish)
+
+
+async def origin(context: Context) -> None:
+    """Wait until the state is there, which may be just being taken; the new VM lies over its layers from then on."""
+    env, id_ = context.env, context.operation.params["snapshot"]
+    while True:
+        revision = await env.records.store.revision()
+        row = await env.records.snapshots.get(id_)
+        if row is None:
+            raise MicaError(
+                Code.NOT_FOUND,
+                f"the state that {context.operation.target_name} was to begin at could not be taken, or is deleted",
+                hint="`mica operation list` says why",
+            )
+        if row.value.state is not SnapshotState.TAKING:
+            break
+        await env.records.store.wait(revision)
+    disks = row.value.disks
+    await env.records.vms.update(context.vm_id, lambda vm: replace(vm, layers=disks))
+
+
+ORIGIN = Step("origin", origin, words="waiting for the state that it begins at")

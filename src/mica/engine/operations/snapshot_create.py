@@ -1,0 +1,476 @@
+"""``snapshot.create``: the whole machine at one moment, while it runs, is paused or stopped.
+
+    look ──► freeze ──► spare ──► hold ──► go on ──► keep ──► save ──► finish
+             disks get   (1)     paused    running   usable   on disk, with checksums
+             new layers
+
+A machine whose RAM is its own (1) goes on as a private child of it: a second QEMU is started beside it, waiting, and
+takes over while the first one is paused. One that is such a child already stays where it is, and what it changed since
+is written down. From ``go on`` there is no way back, and none is needed: the machine is over its frozen parts.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import msgspec
+
+from mica.engine.definition import Context, Definition, Env, Proposal, Step, from_plain
+from mica.engine.operations.starting import plan_launch
+from mica.engine.records import Claim, Draft
+from mica.engine.snapshots import part_id, put_parts
+from mica.model.errors import Code, MicaError, invalid
+from mica.model.image import Firmware
+from mica.model.snapshot import MachineBuild, MemoryState, Part, PartKind, Snapshot, SnapshotKind, SnapshotState
+from mica.model.transitions import LIVE, VmVerb
+from mica.model.units import Bytes
+from mica.model.vm import NVRAM, DiskSpec, Vm, VmRuntime, VmSpec, VmStatus, check_name
+from mica.ports.hypervisor import Captured, Origin, RunState, StatefulMachine
+from mica.ports.store import ABSENT
+from mica.ports.volumes import Volume
+
+replace = msgspec.structs.replace
+
+# What a snapshot is called that nobody named.
+STEMS = {SnapshotKind.USER: "snapshot", SnapshotKind.SAFETY: "before-restore", SnapshotKind.FORK: "fork"}
+
+
+class Take(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Parameters: as :class:`mica.model.views.SnapshotCreate`, and why it is made."""
+
+    name: str = ""
+    memory: bool = True
+    quiesce: bool = False
+    description: str = ""
+    kind: SnapshotKind = SnapshotKind.USER
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True):
+    """How the VM is found. ``own``: its RAM is its own, so it has to go on as a child of it."""
+
+    live: bool
+    running: bool = False
+    memory: bool = False
+    own: bool = False
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """What was captured while the machine stood still, since ``at`` (seconds of the monotonic clock)."""
+
+    at: float
+    captured: Captured | None = None
+
+
+async def plan(proposal: Proposal) -> None:
+    assert isinstance(proposal.params, Take)
+    assert proposal.vm is not None
+    env, body, vm = proposal.env, proposal.params, proposal.vm.value
+    names = {row.value.name for row in (await env.records.snapshots.scan()).values() if row.value.vm_id == vm.id}
+    if len(names) >= MAX_SNAPSHOTS:
+        raise MicaError(
+            Code.STATE_CONFLICT,
+            f"VM {vm.name} has {len(names)} snapshots, and may have {MAX_SNAPSHOTS}",
+            hint=f"delete some: `mica snapshot list {vm.name}`",
+        )
+    name = check_name(body.name, "snapshot name") if body.name else _free(names, STEMS[body.kind])
+    if name in names:
+        raise MicaError(
+            Code.EXISTS, f"VM {vm.name} has a snapshot {name} already", hint="choose another name, or delete that one"
+        )
+    if body.quiesce and not vm.spec.agent:
+        raise invalid(f"VM {vm.name} has no guest agent that could freeze its file systems", hint="leave --quiesce out")
+    # The row is written anew each time, so that no two snapshots of a VM can have the same id.
+    id_ = str(uuid.uuid5(uuid.UUID(vm.id), f"snapshot/{proposal.vm.generation}"))
+    proposal.draft.put(env.records.vms, vm.id, vm, proposal.vm.generation)
+    snapshot = Snapshot(
+        id=id_,
+        vm_id=vm.id,
+        vm_name=vm.name,
+        name=name,
+        spec=_spec_now(proposal),
+        created_at=env.clock.now(),
+        created_by=proposal.by.name,
+        kind=body.kind,
+        parent=vm.snapshot,
+        description=body.description,
+    )
+    proposal.draft.put(env.records.snapshots, id_, snapshot, ABSENT)
+    proposal.draft.put(env.records.snapshot_names, f"{vm.id}/{name}", Claim(id_, at=snapshot.created_at), ABSENT)
+    proposal.stored_params = {"snapshot_id": id_}
+
+
+def _spec_now(proposal: Proposal) -> VmSpec:
+    """What the machine is made of now, whatever waits for its next start."""
+    assert proposal.vm is not None
+    runtime = proposal.status.value.runtime if proposal.status else None
+    return runtime.spec if runtime is not None else proposal.vm.value.spec
+
+
+def _free(names: set[str], stem: str) -> str:
+    return next(name for n in range(1, MAX_SNAPSHOTS + 2) if (name := f"{stem}-{n}") not in names)
+
+
+# More would make every look at a VM slow, and nobody could choose among them.
+MAX_SNAPSHOTS = 1000
+
+
+def _id(context: Context) -> str:
+    return str(context.operation.params["snapshot_id"])
+
+
+async def _snapshot(context: Context) -> Snapshot:
+    return (await context.env.records.snapshots.need(_id(context))).value
+
+
+async def record(context: Context) -> None:
+    """The rows were written when the request was accepted; this step is where taking them back is anchored."""
+
+
+async def undo_record(context: Context) -> None:
+    """Parts that nothing lies over are the reaper's."""
+    env, id_ = context.env, _id(context)
+
+    async def write(draft: Draft) -> None:
+        row = await env.records.snapshots.get(id_)
+        if row is None:
+            return
+        draft.delete(env.records.snapshot_names, f"{row.value.vm_id}/{row.value.name}")
+        draft.delete(env.records.snapshots, id_, row.generation)
+
+    await env.records.transact(write)
+    await env.parts.drop_scratch(id_)
+
+
+async def _status(context: Context) -> VmStatus:
+    return (await context.env.records.statuses.need(context.vm_id)).value
+
+
+async def _machine(context: Context) -> StatefulMachine:
+    machine = await context.env.machines.attach(context.vm_id)
+    if machine is None:
+        name = context.operation.target_name
+        raise MicaError(Code.STATE_CONFLICT, f"VM {name} has ended meanwhile", hint="try again", retryable=True)
+    return machine
+
+
+async def look(context: Context) -> Look:
+    status = await _status(context)
+    if status.observed.state not in LIVE or status.runtime is None:
+        return Look(live=False)
+    seen = await (await _machine(context)).observe()
+    memory = bool(context.operation.params["memory"])
+    own = memory and not status.runtime.ram
+    return Look(live=True, running=seen.run is RunState.RUNNING, memory=memory, own=own)
+
+
+def layered_disks(spec: VmSpec) -> list[DiskSpec]:
+    """What gets layers: disks that are written, and the UEFI variables."""
+    disks = [d for d in spec.disks if not d.read_only]
+    if spec.firmware is Firmware.UEFI:
+        disks.append(DiskSpec(name=NVRAM, size=Bytes(0)))
+    return disks
+
+
+async def freeze(context: Context) -> list[Volume]:
+    """Parts and layers over them; nothing changes for the machine yet. Returns the layers."""
+    env, snapshot, found = context.env, await _snapshot(context), context.output("look", Look)
+    vm = (await env.records.vms.need(context.vm_id)).value
+    runtime = (await _status(context)).runtime
+    spec = runtime.spec if runtime is not None and found.live else vm.spec
+    there = await env.branches.disks(vm.id)
+    disks = [d for d in layered_disks(spec) if d.name in there]
+    await _write_rows(context, snapshot, spec, disks, found, runtime)
+    layers, owner = [], env.policy.owner(vm.slot)
+    for disk in disks:
+        part = part_id(snapshot.id, PartKind.DISK, disk.name)
+        await env.branches.freeze(vm.id, disk, part)
+        layers.append(await env.branches.stage(vm.id, disk, env.parts.path(part), owner))
+    return layers
+
+
+async def _write_rows(
+    context: Context,
+    snapshot: Snapshot,
+    spec: VmSpec,
+    disks: list[DiskSpec],
+    found: Look,
+    runtime: VmRuntime | None,
+) -> None:
+    """The VM lies over its new layers from here on, as far as the reaper knows: before any of them is written."""
+    env, now = context.env, context.env.clock.now()
+    layers = {d.name: part_id(snapshot.id, PartKind.DISK, d.name) for d in disks}
+    memory: MemoryState | None = None
+
+    async def write(draft: Draft) -> None:
+        vm = await env.records.vms.need(context.vm_id)
+        parts = [
+            Part(
+                id=layers[d.name],
+                kind=PartKind.NVRAM if d.name == NVRAM else PartKind.DISK,
+                name=d.name,
+                base=vm.value.layers.get(d.name, ""),
+                image=d.image or "",
+                created_at=now,
+            )
+            for d in disks
+        ]
+        if memory is not None:
+            parts += [
+                Part(id=memory.ram, kind=PartKind.RAM, created_at=now),
+                Part(id=memory.devices, kind=PartKind.DEVICES, created_at=now),
+                Part(id=memory.changes, kind=PartKind.CHANGES, base=memory.ram, created_at=now),
+            ]
+        await put_parts(env, draft, parts)
+        held = await env.records.snapshots.need(snapshot.id)
+        new = replace(held.value, spec=spec, disks=layers, memory=memory)
+        if new != held.value:
+            draft.put(env.records.snapshots, snapshot.id, new, held.generation)
+        if vm.value.layers != {**vm.value.layers, **layers}:
+            changed = replace(vm.value, layers={**vm.value.layers, **layers})
+            draft.put(env.records.vms, vm.value.id, changed, vm.generation)
+
+    if found.memory:
+        assert runtime is not None
+        memory = MemoryState(
+            ram=runtime.ram or part_id(snapshot.id, PartKind.RAM),
+            devices=part_id(snapshot.id, PartKind.DEVICES),
+            changes=part_id(snapshot.id, PartKind.CHANGES),
+            build=MachineBuild(qemu="", machine="", cpu="", accelerator=""),
+        )
+    await env.records.transact(write)
+
+
+async def undo_freeze(context: Context) -> None:
+    """Take the layers back, unless the machine may be writing to them by now."""
+    env = context.env
+    if any(entry.step == "go-on" for entry in context.operation.journal):
+        return
+    await env.branches.unstage(context.vm_id)
+    snapshot = await env.records.snapshots.get(_id(context))
+    mine = snapshot.value.disks if snapshot else {}
+    bases = {id_: row.value.base for id_, row in (await env.records.parts.scan()).items()}
+
+    def back(vm: Vm) -> Vm:
+        kept = {d: bases.get(p, "") if mine.get(d) == p else p for d, p in vm.layers.items()}
+        return replace(vm, layers={d: p for d, p in kept.items() if p})
+
+    await env.records.vms.update(context.vm_id, back)
+
+
+async def spare(context: Context) -> VmRuntime | None:
+    """A second machine on the frozen RAM, waiting for the state of the first."""
+    found = context.output("look", Look)
+    if not found.own:
+        return None
+    env, snapshot, status = context.env, await _snapshot(context), await _status(context)
+    vm = (await env.records.vms.need(context.vm_id)).value
+    assert status.runtime is not None
+    assert snapshot.memory is not None
+    await env.ram.hold(status.runtime, snapshot.memory.ram)
+    directory = await env.parts.scratch(snapshot.id)
+    staged = {v.name: v for v in context.output("freeze", list[Volume])}
+    waiting = Origin(
+        ram=snapshot.memory.ram,
+        ram_file=env.parts.path(snapshot.memory.ram),
+        devices=directory / "devices",
+        build=await env.hypervisor.build(status.runtime),
+    )
+    plan = await plan_launch(
+        env,
+        replace(vm, spec=status.runtime.spec),
+        await _volumes(env, vm, status.runtime.spec, staged),
+        status.runtime.nics,
+        status.runtime.slice,
+        origin=waiting,
+        incarnation=status.runtime.incarnation + 1,
+    )
+    runtime = await env.hypervisor.launch(plan)
+    return replace(runtime, started_at=status.runtime.started_at)
+
+
+async def _volumes(env: Env, vm: Vm, spec: VmSpec, staged: dict[str, Volume]) -> tuple[Volume, ...]:
+    """The machine's volumes in order, with the staged layers in the place of what they lie over."""
+    fixed = tuple(d for d in spec.disks if d.name not in staged)
+    there = {v.name: v for v in await env.volumes.prepare(vm.id, fixed, env.policy.owner(vm.slot))} | staged
+    return tuple(there[name] for name in (*(d.name for d in spec.disks), NVRAM) if name in there)
+
+
+async def undo_spare(context: Context) -> None:
+    """End the waiting machine, unless it is the VM's by now."""
+    runtime = (await _status(context)).runtime
+    if runtime is not None and not any(entry.step == "go-on" for entry in context.operation.journal):
+        await context.env.hypervisor.retire(context.vm_id, runtime.incarnation + 1)
+
+
+async def hold(context: Context) -> Held | None:
+    """Stop the machine and take its state; a spare is brought to it."""
+    env, found = context.env, context.output("look", Look)
+    if not found.live:
+        return None
+    machine, at = await _machine(context), env.clock.monotonic()
+    await machine.pause()
+    if not found.memory:
+        return Held(at=at)
+    captured = await machine.capture(await env.parts.scratch(_id(context)))
+    second = _second(context)
+    if second is not None:
+        await _bring(env, second, captured)
+    return Held(at=at, captured=captured)
+
+
+async def _bring(env: Env, second: VmRuntime, captured: Captured) -> None:
+    waiting = await env.hypervisor.attach(second)
+    if waiting is None:
+        words = (await env.hypervisor.autopsy(second)).last_words
+        raise MicaError(Code.QEMU_FAILED, f"the machine that was to go on has ended: {words}", retryable=True)
+    if (await waiting.observe()).run is RunState.PRELAUNCH:  # else this is repeated, and it has its state
+        origin = Origin(
+            ram=second.ram,
+            ram_file=captured.devices.parent / "ram",
+            devices=captured.devices,
+            changes=captured.changes,
+            build=captured.build,
+        )
+        await waiting.load(origin)
+
+
+async def undo_hold(context: Context) -> None:
+    """It was not the guest's wish to stand still. A machine that has ended needs nothing taken back."""
+    env, found = context.env, context.output("look", Look)
+    if not found.running or any(entry.step == "go-on" for entry in context.operation.journal):
+        return
+    try:
+        machine = await env.machines.attach(context.vm_id)
+        if machine is not None:
+            await machine.resume()
+    except MicaError:
+        if not await env.machines.ended(context.vm_id):
+            raise
+
+
+async def go_on(context: Context) -> float | None:
+    """Over the new layers, as the spare where there is one. Returns how long the machine stood still, in seconds."""
+    env, found = context.env, context.output("look", Look)
+    held = context.outputs.get("hold")
+    second = _second(context)
+    layers = tuple(context.output("freeze", list[Volume]))
+    if second is not None:
+        await _swap(context, second)
+    elif found.live:
+        await (await _machine(context)).switch(layers)
+    machine = await env.machines.attach(context.vm_id) if found.live else None
+    if machine is not None and found.running:
+        await machine.resume()
+    paused = max(0.0, env.clock.monotonic() - float(held["at"])) if held is not None else None
+    await env.branches.take(context.vm_id)
+    return paused
+
+
+async def _swap(context: Context, second: VmRuntime) -> None:
+    """The second machine is the VM's, and the first one ends."""
+    env, vm_id = context.env, context.vm_id
+    status = await _status(context)
+    if status.runtime is not None and status.runtime.incarnation != second.incarnation:
+        await env.hypervisor.retire(vm_id, status.runtime.incarnation)
+        env.machines.detach(vm_id)
+        await env.records.statuses.update(vm_id, lambda s: replace(s, runtime=second), durable=False)
+        await env.guests.moved(vm_id, second)
+    machine = await env.machines.attach(vm_id)
+    if machine is not None:
+        await machine.join(second.nics)
+
+
+def _captured(context: Context) -> Captured | None:
+    held = context.outputs.get("hold")
+    return from_plain(held, Held).captured if held is not None else None
+
+
+def _second(context: Context) -> VmRuntime | None:
+    runtime = context.outputs.get("spare")
+    return from_plain(runtime, VmRuntime) if runtime is not None else None
+
+
+async def keep(context: Context) -> None:
+    """What was captured becomes parts: from here others may begin at this state."""
+    env, id_, captured = context.env, _id(context), _captured(context)
+    memory = (await _snapshot(context)).memory
+    if captured is not None and memory is not None:
+        await env.parts.keep(memory.devices, captured.devices)
+        if captured.changes is not None:
+            await env.parts.keep(part_id(id_, PartKind.CHANGES), captured.changes)
+
+    def usable(snapshot: Snapshot) -> Snapshot:
+        if snapshot.memory is not None and captured is not None:
+            changes = snapshot.memory.changes if captured.changes is not None else ""
+            new = replace(snapshot.memory, build=captured.build, changes=changes)
+            snapshot = replace(snapshot, memory=new)
+        paused = context.outputs.get("go-on")
+        return replace(snapshot, state=SnapshotState.SAVING, pause_s=paused)
+
+    await env.records.snapshots.update(id_, usable)
+
+
+async def save(context: Context) -> None:
+    """Every part to disk, with its checksum. The moment of a fork is not: it goes with the forks."""
+    env, snapshot = context.env, await _snapshot(context)
+    if snapshot.kind is SnapshotKind.FORK:
+        return
+    rows = {id_: (await env.records.parts.need(id_)).value for id_ in snapshot.parts}
+    unsealed = [part for part in rows.values() if not part.digest]
+    for number, part in enumerate(unsealed):
+
+        def report(fraction: float, number: int = number, part: Part = part) -> None:
+            context.report((number + fraction) / len(unsealed), f"saving {part.kind} {part.name}".strip())
+
+        if part.kind is PartKind.RAM and part.id not in await env.parts.present():
+            file = (await env.parts.scratch(snapshot.id)) / "ram"
+            await env.ram.save(part.id, file, report)
+            await env.parts.keep(part.id, file)
+        seal = await env.parts.seal(part.id, report)
+        now = env.clock.now()
+        await env.records.parts.update(
+            part.id,
+            lambda p, seal=seal, now=now: replace(p, size=seal.size, digest=seal.digest, verified_at=now),  # type: ignore[misc]
+        )
+
+
+async def finish(context: Context) -> None:
+    await context.env.parts.drop_scratch(_id(context))
+    id_ = _id(context)
+    snapshot = await context.env.records.snapshots.update(id_, lambda s: replace(s, state=SnapshotState.COMPLETE))
+    if snapshot.value.kind is not SnapshotKind.FORK:  # which comes and goes unseen
+        await context.env.records.vms.update(context.vm_id, lambda vm: replace(vm, snapshot=id_))
+
+
+def result(context: Context) -> dict[str, Any]:
+    captured = _captured(context)
+    return {
+        "id": _id(context),
+        "pause_s": context.outputs.get("go-on"),
+        "changed": captured.changed if captured is not None else 0,
+    }
+
+
+STEPS = (
+    Step("record", record, undo_record, words="noting it"),
+    Step("look", look, words="looking at the machine"),
+    Step("freeze", freeze, undo_freeze, words="making new layers for its disks"),
+    Step("spare", spare, undo_spare, words="starting the machine that goes on"),
+    Step("hold", hold, undo_hold, cancellable=False, words="taking its state"),
+    Step("go-on", go_on, cancellable=False, words="letting it go on"),
+    Step("keep", keep, cancellable=False, follows=True, words="keeping its state"),
+    Step("save", save, timeout_s=7200.0, words="writing it to disk"),
+    Step("finish", finish, cancellable=False, words="finishing"),
+)
+
+DEFINITION = Definition(
+    verb=VmVerb.SNAPSHOT,
+    noun="vm",
+    params=Take,
+    plan=plan,
+    steps=lambda _: STEPS,
+    state_verb=VmVerb.SNAPSHOT,
+    result=result,
+    anchored=True,
+)

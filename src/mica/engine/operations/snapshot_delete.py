@@ -1,0 +1,196 @@
+"""``snapshot.delete``, ``snapshot.set`` and ``snapshot.verify``: what happens to a snapshot without its VM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from mica.engine.definition import Context, Definition, NoParams, Proposal, Step
+from mica.engine.records import Claim, Draft, Versioned
+from mica.engine.snapshots import in_use, sweep
+from mica.model.errors import Code, MicaError
+from mica.model.snapshot import Part, Snapshot, SnapshotState
+from mica.model.views import SnapshotSet
+from mica.model.vm import check_name
+from mica.ports.store import ABSENT
+
+replace = msgspec.structs.replace
+
+
+async def _named(proposal: Proposal) -> Versioned[Snapshot]:
+    row = await proposal.env.records.snapshots.need(proposal.target_id)
+    proposal.target_name = f"{row.value.vm_name}/{row.value.name}"
+    return row
+
+
+async def plan_delete(proposal: Proposal) -> None:
+    """Written anew, so that nothing which begins at it can be accepted across this."""
+    env, row = proposal.env, await _named(proposal)
+    snapshot = row.value
+    if snapshot.protected:
+        raise MicaError(
+            Code.PROTECTED,
+            f"snapshot {proposal.target_name} is protected from deletion",
+            hint=f"`mica snapshot protect {snapshot.vm_name} {snapshot.name} --off` lifts that",
+        )
+    user = await in_use(env, snapshot.id)
+    if user is not None:
+        raise MicaError(
+            Code.IN_USE,
+            f"snapshot {proposal.target_name} is needed by {user.verb} {user.id[:8]}",
+            hint=f"wait for it: `mica operation wait {user.id[:8]}`",
+            retryable=True,
+        )
+    await _check_last_good(proposal, snapshot)
+    proposal.draft.put(env.records.snapshots, snapshot.id, snapshot, row.generation)
+
+
+async def _check_last_good(proposal: Proposal, snapshot: Snapshot) -> None:
+    """Raises ``protected`` when all others of a VM are damaged: this one is all that is left of its past."""
+    records = proposal.env.records
+    parts = {id_: row.value for id_, row in (await records.parts.scan()).items()}
+
+    def good(one: Snapshot) -> bool:
+        return one.state is SnapshotState.COMPLETE and not any(parts[p].damaged for p in one.parts if p in parts)
+
+    others = [
+        row.value
+        for row in (await records.snapshots.scan()).values()
+        if row.value.vm_id == snapshot.vm_id and row.value.id != snapshot.id
+    ]
+    damaged = [one.name for one in others if not good(one)]
+    if damaged and good(snapshot) and not any(good(one) for one in others):
+        raise MicaError(
+            Code.PROTECTED,
+            f"snapshot {proposal.target_name} is the last good one: {', '.join(damaged)} cannot be gone back to",
+            hint="delete the damaged ones first, or make another snapshot",
+        )
+
+
+async def forget(context: Context) -> None:
+    """The row goes; what descends from it descends from its parent. The parts go when nothing needs them."""
+    env, id_ = context.env, context.operation.target.partition("/")[2]
+
+    async def write(draft: Draft) -> None:
+        row = await env.records.snapshots.get(id_)
+        if row is None:
+            return
+        if (user := await in_use(env, id_)) is not None:
+            raise MicaError(Code.IN_USE, f"the snapshot is needed by {user.verb} {user.id[:8]}", retryable=True)
+        for other in (await env.records.snapshots.scan()).values():
+            if other.value.parent == id_:
+                moved = replace(other.value, parent=row.value.parent)
+                draft.put(env.records.snapshots, other.value.id, moved, other.generation)
+        for vm in (await env.records.vms.scan()).values():
+            if vm.value.snapshot == id_:
+                moved_vm = replace(vm.value, snapshot=row.value.parent if vm.value.id == row.value.vm_id else "")
+                draft.put(env.records.vms, vm.value.id, moved_vm, vm.generation)
+        draft.delete(env.records.snapshot_names, f"{row.value.vm_id}/{row.value.name}")
+        draft.delete(env.records.snapshots, id_, row.generation)
+
+    await env.records.transact(write)
+
+
+async def clear(context: Context) -> str:
+    return await sweep(context.env)
+
+
+async def plan_set(proposal: Proposal) -> None:
+    assert isinstance(proposal.params, SnapshotSet)
+    env, body, row = proposal.env, proposal.params, await _named(proposal)
+    old = row.value
+    new = replace(
+        old,
+        name=old.name if body.name is None else check_name(body.name, "snapshot name"),
+        description=old.description if body.description is None else body.description,
+        protected=old.protected if body.protected is None else body.protected,
+    )
+    if new.name != old.name:
+        key = f"{old.vm_id}/{new.name}"
+        if await env.records.snapshot_names.get(key) is not None:
+            raise MicaError(
+                Code.EXISTS, f"VM {old.vm_name} has a snapshot {new.name} already", hint="choose another name"
+            )
+        proposal.draft.put(env.records.snapshot_names, key, Claim(old.id, at=env.clock.now()), ABSENT)
+        proposal.draft.delete(env.records.snapshot_names, f"{old.vm_id}/{old.name}")
+    proposal.draft.put(env.records.snapshots, old.id, new, row.generation)
+
+
+async def written(context: Context) -> None:
+    """It was written when the request was accepted."""
+
+
+async def plan_verify(proposal: Proposal) -> None:
+    row = await _named(proposal)
+    if row.value.state is not SnapshotState.COMPLETE:
+        raise MicaError(
+            Code.STATE_CONFLICT,
+            f"snapshot {proposal.target_name} is not complete yet",
+            hint="wait for it: `mica operation list`",
+            retryable=True,
+        )
+
+
+async def verify(context: Context) -> dict[str, Any]:
+    """Read every part that the snapshot consists of, down to the image, and compare it with its checksum."""
+    env, id_ = context.env, context.operation.target.partition("/")[2]
+    snapshot = (await env.records.snapshots.need(id_)).value
+    rows = {part_id: row.value for part_id, row in (await env.records.parts.scan()).items()}
+    wanted = list(dict.fromkeys(snapshot.parts))
+    for part_id in wanted:
+        if part_id in rows and rows[part_id].base and rows[part_id].base not in wanted:
+            wanted.append(rows[part_id].base)
+    damaged = {}
+    for number, part_id in enumerate(wanted):
+        part = rows.get(part_id)
+        if part is None or not part.digest:
+            continue
+
+        def report(fraction: float, number: int = number, part: Part = part) -> None:
+            context.report((number + fraction) / len(wanted), f"reading {part.kind} {part.name}".strip())
+
+        found = ""
+        try:
+            await env.parts.verify(part_id, part.digest, report)
+        except MicaError as error:
+            if error.code not in (Code.CORRUPT, Code.NOT_FOUND):
+                raise
+            found = damaged[part_id] = error.message
+        now = env.clock.now()
+        await env.records.parts.update(
+            part_id,
+            lambda p, found=found, now=now: replace(p, damaged=found, verified_at=now),  # type: ignore[misc]
+        )
+    return {"parts": len(wanted), "damaged": damaged}
+
+
+def verdict(context: Context) -> dict[str, Any]:
+    return dict(context.outputs["verify"])
+
+
+DELETE_DEFINITION = Definition(
+    verb="snapshot.delete",
+    noun="snapshot",
+    params=NoParams,
+    plan=plan_delete,
+    steps=lambda _: (
+        Step("forget", forget, cancellable=False, words="deleting it"),
+        Step("clear", clear, cancellable=False, follows=True, timeout_s=600.0, words="freeing what nothing needs"),
+    ),
+)
+SET_DEFINITION = Definition(
+    verb="snapshot.set",
+    noun="snapshot",
+    params=SnapshotSet,
+    plan=plan_set,
+    steps=lambda _: (Step("written", written, words="writing it down"),),
+)
+VERIFY_DEFINITION = Definition(
+    verb="snapshot.verify",
+    noun="snapshot",
+    params=NoParams,
+    plan=plan_verify,
+    steps=lambda _: (Step("verify", verify, timeout_s=7200.0, words="reading it"),),
+    result=verdict,
+)

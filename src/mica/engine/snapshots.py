@@ -1,0 +1,146 @@
+"""What snapshots and VMs are made of: ids of parts, the state that a machine begins at, what is still needed."""
+
+from __future__ import annotations
+
+import uuid
+
+from mica.engine.definition import Env
+from mica.engine.records import Draft
+from mica.model.errors import Code, MicaError
+from mica.model.operation import Operation
+from mica.model.snapshot import Part, PartKind, Snapshot, SnapshotKind, SnapshotState
+from mica.ports.hypervisor import Origin
+from mica.ports.store import ABSENT, Conflict
+
+
+def part_id(snapshot_id: str, kind: PartKind, name: str = "") -> str:
+    """The id of a part that a snapshot makes: the same however often its steps are repeated."""
+    return str(uuid.uuid5(uuid.UUID(snapshot_id), f"{kind}/{name}"))
+
+
+def origin_of(env: Env, snapshot: Snapshot) -> Origin | None:
+    """The state that a machine begins at which goes on from there; ``None`` when it has no memory."""
+    memory = snapshot.memory
+    if memory is None:
+        return None
+    return Origin(
+        ram=memory.ram,
+        ram_file=env.parts.path(memory.ram),
+        devices=env.parts.path(memory.devices),
+        changes=env.parts.path(memory.changes) if memory.changes else None,
+        build=memory.build,
+    )
+
+
+async def put_parts(env: Env, draft: Draft, parts: list[Part]) -> None:
+    """Rows before files, so that the reaper knows a file's row whenever it sees the file. Those that are there stay."""
+    for part in parts:
+        if await env.records.parts.get(part.id) is None:
+            draft.put(env.records.parts, part.id, part, ABSENT)
+
+
+async def needed(env: Env) -> set[str]:
+    """Ids of all parts that a snapshot or a VM consists of, with all that they lie over."""
+    parts = {id_: row.value for id_, row in (await env.records.parts.scan()).items()}
+    roots: set[str] = set()
+    for snapshot in (await env.records.snapshots.scan()).values():
+        roots |= set(snapshot.value.parts)
+    for vm in (await env.records.vms.scan()).values():
+        roots |= set(vm.value.layers.values())
+    for status in (await env.records.statuses.scan()).values():
+        if status.value.runtime is not None and status.value.runtime.ram:
+            roots.add(status.value.runtime.ram)
+    found: set[str] = set()
+    while roots:
+        id_ = roots.pop()
+        if id_ not in found:
+            found.add(id_)
+            base = parts[id_].base if id_ in parts else ""
+            roots |= {base} if base else set()
+    return found
+
+
+async def in_use(env: Env, snapshot_id: str) -> Operation | None:
+    """An operation under way that needs the snapshot."""
+    for row in (await env.records.operations.scan()).values():
+        if not row.value.state.ended and snapshot_id in (
+            row.value.params.get("snapshot"),
+            row.value.params.get("snapshot_id"),
+        ):
+            return row.value
+    return None
+
+
+async def need_whole(env: Env, snapshot: Snapshot) -> None:
+    """Raises ``corrupt`` when a check has found a part of it damaged."""
+    parts = {id_: row.value for id_, row in (await env.records.parts.scan()).items()}
+    waiting = list(snapshot.parts)
+    while waiting:
+        part = parts.get(waiting.pop())
+        if part is None:
+            raise MicaError(
+                Code.CORRUPT,
+                f"snapshot {snapshot.name} of {snapshot.vm_name} is not whole: a part of it is not known",
+                hint=f"go back to another one: `mica snapshot list {snapshot.vm_name}`",
+            )
+        if part.damaged:
+            raise MicaError(
+                Code.CORRUPT,
+                f"snapshot {snapshot.name} of {snapshot.vm_name} is damaged: {part.kind} {part.name}: {part.damaged}",
+                hint=f"go back to another one: `mica snapshot list {snapshot.vm_name}`",
+            )
+        if part.base:
+            waiting.append(part.base)
+
+
+async def sweep(env: Env) -> str:
+    """Remove every part that nothing needs: its row first, then its file, then what is held of it in memory.
+
+    Says what it did. A file without a row is removed too; a row is always written before its file.
+    """
+    present = await env.parts.present()
+    operations = [row.value for row in (await env.records.operations.scan()).values() if not row.value.state.ended]
+    taking = any(o.verb == "snapshot.create" for o in operations)
+    removed = 0
+
+    async def write(draft: Draft) -> None:
+        still = await needed(env)
+        # Whoever comes to need a part writes a row of a VM or a snapshot, each of which is read here: that they are
+        # still the same is expected too.
+        for id_, snapshot in (await env.records.snapshots.scan()).items():
+            draft.expect(env.records.snapshots, id_, snapshot.generation)
+        for id_, vm in (await env.records.vms.scan()).items():
+            draft.expect(env.records.vms, id_, vm.generation)
+        for id_, part in (await env.records.parts.scan()).items():
+            if id_ not in still:
+                draft.delete(env.records.parts, id_, part.generation)
+
+    if not taking:  # parts of a snapshot that is being taken may have rows already and nothing that needs them
+        await env.records.transact(write)
+    rows = set(await env.records.parts.scan())
+    for id_ in sorted(present - rows):
+        await env.parts.remove(id_)
+        removed += 1
+    live = {
+        s.value.runtime.ram for s in (await env.records.statuses.scan()).values() if s.value.runtime is not None
+    } | rows
+    for ram_id in env.ram.held() - live:
+        env.ram.release(ram_id)
+    return f"removed {removed} parts of snapshots" if removed else ""
+
+
+async def forget_fork_points(env: Env) -> None:
+    """The moment at which forks began is of no more use once they have all begun."""
+    for id_, row in (await env.records.snapshots.scan()).items():
+        snapshot = row.value
+        if snapshot.kind is not SnapshotKind.FORK or snapshot.state is SnapshotState.TAKING:
+            continue
+        if await in_use(env, id_) is not None:
+            continue
+        draft = Draft()
+        draft.delete(env.records.snapshot_names, f"{snapshot.vm_id}/{snapshot.name}")
+        draft.delete(env.records.snapshots, id_, row.generation)
+        try:
+            await env.records.commit(draft)
+        except Conflict:
+            continue  # somebody begins at it just now; the next round looks again
