@@ -270,7 +270,6 @@ async def _wake(context: Context, machine: StatefulMachine, snapshot: Snapshot, 
         hostname=spec.hostname if snapshot.vm_id != vm_id else "",
         macs={mac: new[name] for name, mac in old.items() if name in new and new[name] != mac},
     )
-    env.guests.port_changed(vm_id, runtime, opened=(await machine.observe()).agent is AgentState.READY)
     async with asyncio.TaskGroup() as group:
         # The question waits in the guest's port when the vCPUs begin to run.
         asking = group.create_task(env.identities.first(vm_id, runtime, who))
