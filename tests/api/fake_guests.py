@@ -186,7 +186,9 @@ class FakeGuests:
 
     # -- files -------------------------------------------------------------------------------------------------
 
-    async def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> dict[str, int]:
+    async def copy_in(
+        self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor, size: int = 0
+    ) -> dict[str, object]:
         await self.vm(vm)
         if not dest.startswith("/"):
             raise invalid(f"{dest!r} is no absolute path", hint="begin it with /")

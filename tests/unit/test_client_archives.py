@@ -174,15 +174,19 @@ class Files(Engine):
     """One guest with a directory ``/tmp`` and what was copied into it, as archives."""
 
     broken = False
+    checked_by = "sha256sum"
 
     def __init__(self) -> None:
         super().__init__()
         self.kept: dict[str, bytes] = {}
+        self.sizes: list[int] = []
 
     async def _begin(self, record: ExecView) -> None:
         await self.end(record.id, 0 if record.spec.argv == ("test", "-d", "/tmp") else 1)
 
-    async def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> dict[str, int]:
+    async def copy_in(
+        self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor, size: int = 0
+    ) -> dict[str, object]:
         await self.vm(vm)
         if dest != "/tmp":
             raise not_found("directory", dest)
@@ -190,7 +194,8 @@ class Files(Engine):
         with tarfile.open(fileobj=io.BytesIO(data)) as opened:
             names = opened.getnames()
         self.kept[f"{dest}/{names[0]}"] = data
-        return {"files": len(names)}
+        self.sizes.append(size)
+        return {"bytes": len(data), "checked_by": self.checked_by}
 
     async def copy_out(self, vm: str, path: str, *, by: Actor) -> AsyncIterator[bytes]:
         if path not in self.kept:
@@ -260,9 +265,12 @@ def test_cp_on_the_command_line(api: Served, tmp_path: Path) -> None:
     mica("vm", "create", "--name", "web", "--start", url=api.url)
     assert cp(str(source), "web:/tmp/").out.startswith("4 files, 976.6 KiB, copied in ")
     assert cp("web:/tmp/tree", str(tmp_path / "back"), "--json").out == (
-        '{\n  "files": 4,\n  "bytes": 1000001,\n  "skipped": []\n}\n'
+        '{\n  "files": 4,\n  "bytes": 1000001,\n  "skipped": [],\n  "verified": true\n}\n'
     )
     assert (tmp_path / "back" / "link").is_symlink()
+    assert guest(api).sizes == [1_000_001]
+    guest(api).checked_by = ""
+    assert cp(str(source), "web:/tmp/").out.endswith("\nnot verified: the guest has no sha256sum, cksum or gzip\n")
     for argv, code in (
         ((str(source), "elsewhere"), Code.INVALID),
         (("web:/a", "web:/b"), Code.INVALID),

@@ -36,7 +36,9 @@ class Guests(Engine):
             await self.say(record.id, "stdout", b"6.1.0\n")
             await self.end(record.id, 0)
 
-    async def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> dict[str, int]:
+    async def copy_in(
+        self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor, size: int = 0
+    ) -> dict[str, object]:
         self.kept = [piece async for piece in tar]
         return {}
 

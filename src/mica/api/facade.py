@@ -108,8 +108,11 @@ class Execs(Protocol):
 class Files(Protocol):
     """Tar streams in and out of guests."""
 
-    def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> Awaitable[Any]:
-        """Unpack into the directory ``dest``; returns a summary of what was copied, as plain JSON or a struct."""
+    def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor, size: int = 0) -> Awaitable[Any]:
+        """Unpack into the directory ``dest``; returns a summary of what was copied, as plain JSON or a struct.
+
+        ``size`` is how many bytes the files will take there, 0 where nobody knows.
+        """
 
     def copy_out(self, vm: str, path: str, *, by: Actor) -> AsyncIterator[bytes]:
         """A refusal is raised before the first chunk."""

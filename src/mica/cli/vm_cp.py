@@ -86,4 +86,5 @@ def _dest(path: str) -> Path:
 def _outcome(report: CopyReport, took_s: float) -> str:
     files = f"{report.files} file{'' if report.files == 1 else 's'}"
     left_out = "".join(f"\nleft out: {name}" for name in report.skipped)
-    return f"{files}, {size(report.bytes)}, copied in {format_duration(took_s)}{left_out}"
+    doubt = "" if report.verified else "\nnot verified: the guest has no sha256sum, cksum or gzip"
+    return f"{files}, {size(report.bytes)}, copied in {format_duration(took_s)}{left_out}{doubt}"

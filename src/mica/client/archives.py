@@ -30,11 +30,15 @@ OnBytes = Callable[[int, int | None], None]
 
 
 class CopyReport(msgspec.Struct, frozen=True):
-    """What was copied; ``skipped`` names what could not be: devices, sockets, and links to outside of the copy."""
+    """What was copied; ``skipped`` names what could not be: devices, sockets, and links to outside of the copy.
+
+    ``verified`` is false where a guest has no program by which to show that it got the same bytes.
+    """
 
     files: int
     bytes: Bytes
     skipped: tuple[str, ...] = ()
+    verified: bool = True
 
 
 def measure(source: Path) -> CopyReport:

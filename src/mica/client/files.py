@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import msgspec
 
 from mica.client.archives import CopyReport, OnBytes, measure, pack, unpack
 from mica.client.transport import Transport, path_of
@@ -41,13 +44,13 @@ async def copy_in(
     async with transport.stream(
         "PUT",
         path_of("vms", vm, "files"),
-        params={"path": directory},
+        params={"path": directory, "size": report.bytes},
         content=pack(source, name, on_progress),
         headers={"Content-Type": "application/x-tar"},
         idle_s=IDLE_S,
     ) as response:
-        await response.aread()
-    return report
+        summary = json.loads(await response.aread())
+    return msgspec.structs.replace(report, verified=bool(summary.get("checked_by", True)))
 
 
 async def copy_out(

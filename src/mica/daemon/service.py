@@ -223,10 +223,12 @@ class Service:
     async def exec_kill(self, vm: str, exec_id: str, signal: int) -> None:
         await self._execs.kill(await self._records.resolve_vm(vm), exec_id, signal)
 
-    async def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor) -> CopySummary:
+    async def copy_in(
+        self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor, size: int = 0
+    ) -> CopySummary:
         vm_id, name, runtime = await self._guest(vm)
         log.info("copy in", vm=name, by=by.name, source=by.source, path=dest)
-        return await self._copies.copy_in(vm_id, name, runtime, dest, tar)
+        return await self._copies.copy_in(vm_id, name, runtime, dest, tar, size=size)
 
     async def copy_out(self, vm: str, path: str, *, by: Actor) -> AsyncIterator[bytes]:
         vm_id, name, runtime = await self._guest(vm)

@@ -16,6 +16,10 @@ from mica.api.live import Live
 from mica.api.params import ActorDep, EngineDep, VmRef
 
 FILES = "/v1/vms/{vm:str}/files"
+Size = Annotated[
+    int,
+    QueryParameter(ge=0, description="Bytes of the files in it: refused at once where the guest has no space for them"),
+]
 GuestPath = Annotated[str, QueryParameter(min_length=1, max_length=4096, description="A path in the guest")]
 
 
@@ -32,9 +36,9 @@ class _TarUpload(Operation):
 
 @put(FILES, summary="Copy files in", operation_id="files_in", operation_class=_TarUpload, request_max_body_size=None)
 async def copy_in(
-    request: Request[Any, Any, Any], engine: EngineDep, actor: ActorDep, vm: VmRef, path: GuestPath
+    request: Request[Any, Any, Any], engine: EngineDep, actor: ActorDep, vm: VmRef, path: GuestPath, size: Size = 0
 ) -> dict[str, Any]:
-    summary: dict[str, Any] = msgspec.to_builtins(await engine.copy_in(vm, path, upload(request), by=actor))
+    summary: dict[str, Any] = msgspec.to_builtins(await engine.copy_in(vm, path, upload(request), by=actor, size=size))
     return summary
 
 
