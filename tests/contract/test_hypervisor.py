@@ -200,9 +200,7 @@ def place() -> Iterator[Settings]:
         )
         environ = {key: value for key, value in os.environ.items() if not key.startswith("MICA_")}
         settings = load({"home": name}, environ)
-        ram = Path("/dev/shm") / home.name
-        yield msgspec.structs.replace(settings, runtime_dir=home / "r", ram_dir=ram)
-        shutil.rmtree(ram, ignore_errors=True)
+        yield msgspec.structs.replace(settings, runtime_dir=home / "r")
 
 
 @contextlib.asynccontextmanager

@@ -20,8 +20,8 @@ from tests.engine.worlds import create, do, living, refused
 RESERVE = 512 * MIB
 
 
-def capacity(memory: int = 8 * GIB, *, used: int = GIB, ram: int = 0, ram_used: int = 0, cpus: int = 4) -> Capacity:
-    return Capacity(cpus, Bytes(memory), Bytes(memory - used), Bytes(ram), Bytes(ram - ram_used), Bytes(GIB))
+def capacity(memory: int = 8 * GIB, *, used: int = GIB, cpus: int = 4) -> Capacity:
+    return Capacity(cpus, Bytes(memory), Bytes(memory - used), Bytes(GIB))
 
 
 def reservation(ram: int, overhead: int = 100 * MIB) -> Reservation:
@@ -106,18 +106,6 @@ def test_overcommit_insists_on_memory_and_on_processors() -> None:
     ask(GIB, capacity(), cpus=5, overcommit=True)
 
 
-def test_nobody_can_insist_on_more_guest_ram_than_its_file_system_holds() -> None:
-    """It would end in SIGBUS, not in swapping."""
-    host = capacity(16 * GIB, ram=2 * GIB)
-    ask(2 * GIB, host)
-    for overcommit in (False, True):
-        error = refusal(2 * GIB + MIB, host, overcommit=overcommit)
-        assert "insists" not in error.hint
-        assert "mount -o remount" in error.hint
-    error = refusal(GIB, host, {"id": reservation(GIB + MIB)}, overcommit=True)
-    assert error.code is Code.INSUFFICIENT_MEMORY
-
-
 async def test_a_start_that_does_not_fit_touches_nothing() -> None:
     async with living() as life:
         await create(life, "a", memory=Bytes(16 * GIB))
@@ -131,7 +119,7 @@ async def test_a_start_that_does_not_fit_touches_nothing() -> None:
 
 
 async def test_two_starts_never_both_take_the_last_memory() -> None:
-    async with living(memory=4 * GIB, ram_disk=False) as life:
+    async with living(memory=4 * GIB) as life:
         for name in ("a", "b"):
             await create(life, name, memory=Bytes(1536 * MIB))
         accepted, refusals = [], []
@@ -159,14 +147,14 @@ async def test_two_starts_never_both_take_the_last_memory() -> None:
 
 
 async def test_overcommit_starts_what_was_refused() -> None:
-    async with living(memory=4 * GIB, ram_disk=False) as life:
+    async with living(memory=4 * GIB) as life:
         await create(life, "a", memory=Bytes(5 * GIB))
         await refused(life, Code.INSUFFICIENT_MEMORY, "vm.start", "a", VmStart())
         await do(life, "vm.start", "a", VmStart(overcommit=True))
 
 
 async def test_the_name_and_idleness_of_a_candidate_are_what_was_sampled() -> None:
-    async with living(memory=4 * GIB, ram_disk=False) as life:
+    async with living(memory=4 * GIB) as life:
         await create(life, "sleeper", memory=Bytes(2 * GIB), start=True)
         await create(life, "b", memory=Bytes(2 * GIB))
         await life.advance(3 * 60.0)
@@ -175,7 +163,7 @@ async def test_the_name_and_idleness_of_a_candidate_are_what_was_sampled() -> No
 
 
 async def test_a_stop_makes_room_and_an_accepted_start_keeps_its_own() -> None:
-    async with living(memory=4 * GIB, ram_disk=False) as life:
+    async with living(memory=4 * GIB) as life:
         await create(life, "a", memory=Bytes(2 * GIB), start=True)
         await create(life, "b", memory=Bytes(2 * GIB))
         stop = await life.submit("vm.stop", "a", VmStop())
@@ -190,7 +178,7 @@ async def test_a_stop_makes_room_and_an_accepted_start_keeps_its_own() -> None:
 
 
 async def test_a_restart_with_more_memory_is_admitted_too() -> None:
-    async with living(memory=4 * GIB, ram_disk=False) as life:
+    async with living(memory=4 * GIB) as life:
         await create(life, "a", memory=Bytes(GIB), start=True)
         await life.advance(10.0)
         await do(life, "vm.set", "a", VmSet(memory=Bytes(16 * GIB)))
@@ -203,7 +191,7 @@ async def test_a_restart_with_more_memory_is_admitted_too() -> None:
 
 
 async def test_what_is_set_while_a_start_waits_does_not_slip_past_admission() -> None:
-    async with living(memory=4 * GIB, ram_disk=False) as life:
+    async with living(memory=4 * GIB) as life:
         await create(life, "a", memory=Bytes(GIB))
         started = await life.submit("vm.start", "a", VmStart())
         changed = await life.submit("vm.set", "a", VmSet(memory=Bytes(64 * GIB)))
@@ -214,7 +202,7 @@ async def test_what_is_set_while_a_start_waits_does_not_slip_past_admission() ->
 
 
 async def test_the_host_reserve_is_kept() -> None:
-    async with living(Policy(reserve=3 * GIB), memory=4 * GIB, host_used=GIB // 2, ram_disk=False) as life:
+    async with living(Policy(reserve=3 * GIB), memory=4 * GIB, host_used=GIB // 2) as life:
         await create(life, "a", memory=Bytes(GIB))
         error = await refused(life, Code.INSUFFICIENT_MEMORY, "vm.start", "a", VmStart())
         assert "3 GiB is kept for the host" in error.message

@@ -128,7 +128,7 @@ async def test_autostart_starts_each_once_though_the_daemon_dies_in_the_middle()
 
 
 async def test_autostart_tells_what_it_could_not_start() -> None:
-    async with Rig(memory=2 * GIB, ram_disk=False, host_used=256 * MIB) as rig:
+    async with Rig(memory=2 * GIB, host_used=256 * MIB) as rig:
         rig.world.add_image()
         async with rig.life() as life:
             await life.advance(1.0)

@@ -86,7 +86,6 @@ def _directories(world: World, live: set[str], ids: set[str]) -> list[tuple[Path
     return [
         (world.runtime / "vm", live, True),
         (world.runtime / "net", live, True),
-        (world.ram, live, True),
         (world.home / "volumes", ids, False),
         (world.home / "logs", ids, False),
     ]

@@ -50,7 +50,7 @@ async def test_the_cpu_limit_holds_and_changes_at_once(shared_world: World, boot
 
 async def inserted(world: World, vm: VmHandle, disk: str) -> dict[str, int]:
     """What QEMU itself says of a disk, asked over the rescue monitor as the daemon holds the other."""
-    monitor = await Monitor.connect("rescue", Sockets(world.runtime / "vm" / vm.id / "run").rescue)
+    monitor = await Monitor.connect("rescue", Sockets(world.runtime / "vm" / vm.id / "0" / "run").rescue)
     try:
         blocks = await monitor.run("query-block")
     finally:

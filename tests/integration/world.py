@@ -56,7 +56,6 @@ class World:
         self.environ = {**kept, "MICA_HOME": str(home)}
         self.uid = os.geteuid()
         self.runtime = runtime_dir(home, self.environ, self.uid)
-        self.ram = Path("/dev/shm") / f"mica-{self.runtime.name}"
         self.sockets = Path("/tmp") / f"mica-net-{self.runtime.name}"  # where AppArmor keeps passt out of the other
         self.log = home / "daemon.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -147,7 +146,7 @@ class World:
 
         The daemon and the commands of this test are not among them.
         """
-        marks = (str(self.home), str(self.runtime), str(self.ram), str(self.sockets))
+        marks = (str(self.home), str(self.runtime), str(self.sockets))
         out = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) in (os.getpid(), self._process and self._process.pid):
@@ -197,7 +196,6 @@ class World:
             self.runtime / "vm",
             self.runtime / "net",
             self.sockets,
-            self.ram,
             self.home / "volumes",
             self.home / "logs",
         ):
@@ -226,7 +224,7 @@ class World:
             for pid in left:
                 _end(pid)
             time.sleep(0.02)
-        for directory in (self.runtime, self.ram, self.home):
+        for directory in (self.runtime, self.home):
             shutil.rmtree(directory, ignore_errors=True)
         for root in Path("/sys/fs/cgroup").glob(f"**/mica-{self.runtime.name}*"):
             for group in (*root.iterdir(), root):

@@ -125,7 +125,6 @@ class FakeHost:
         )
         values: dict[str, Any] = {
             "home": self.root / "home/mica",
-            "ram_dir": self.root / "shm/mica",
             "path": str(self.bin),
             "uid": self.uid,
             "user": self.user,
@@ -376,37 +375,25 @@ async def test_memory_and_its_limits(host: FakeHost) -> None:
     assert "limited by control groups to 512 MiB" in found.proof
 
 
-async def test_guest_memory_on_a_disk_is_a_gap(host: FakeHost) -> None:
-    host.mounts(shm="ext4")
+async def test_guest_memory_can_be_sealed(host: FakeHost) -> None:
     found = await host.finding("guest-ram")
-    assert found.status is Status.DEGRADED
-    assert "on a disk" in found.proof
-    host.mounts()
-    assert (await host.finding("guest-ram")).proof.startswith(f"{host.root}/shm/mica on a tmpfs")
-
-
-async def test_a_small_file_system_for_guest_memory_can_be_made_larger(host: FakeHost) -> None:
-    host.write("proc/meminfo", "MemTotal: 9999999999999 kB\nMemAvailable: 9999999999 kB\n")
-    found = await host.finding("guest-ram")
-    assert found.status is Status.DEGRADED
-    assert found.fix[:2] == ("mount", "-o")
-    assert found.fix[-1] == str(host.root / "shm")
+    assert found.status is Status.OK
+    assert "sealed" in found.proof
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 async def test_places_that_cannot_be_written(host: FakeHost) -> None:
-    for name in ("home", "shm"):
-        (host.root / name).chmod(0o555)
+    (host.root / "home").chmod(0o555)
     report = await host.examine()
     status = {finding.id: finding.status for finding in report.findings}
-    assert (status["disk"], status["guest-ram"]) == (Status.MISSING, Status.MISSING)
+    assert status["disk"] is Status.MISSING
 
 
 async def test_a_read_only_place_is_missing(host: FakeHost) -> None:
     # /proc refuses files to everybody, root included.
-    report = await host.examine(home=Path("/proc/mica"), ram_dir=Path("/proc/mica"))
+    report = await host.examine(home=Path("/proc/mica"))
     status = {finding.id: finding.status for finding in report.findings}
-    assert (status["disk"], status["guest-ram"]) == (Status.MISSING, Status.MISSING)
+    assert status["disk"] is Status.MISSING
 
 
 # Control groups ---------------------------------------------------------------------------------------------------
@@ -572,7 +559,6 @@ async def test_this_host_is_examined_for_real_and_nothing_is_left(tmp_path: Path
     report = await examine(
         Examination(
             home=tmp_path / "home",
-            ram_dir=Path("/dev/shm/mica-doctor-test"),
             path="/usr/bin:/bin",
             uid=os.getuid(),
             user="me",
@@ -585,7 +571,7 @@ async def test_this_host_is_examined_for_real_and_nothing_is_left(tmp_path: Path
     assert by_id["sandbox"].status is Status.OK, by_id["sandbox"].proof
     assert not [finding for finding in report.findings if "could not be examined" in finding.proof]
     groups = [path for path in Path("/sys/fs/cgroup").glob("*") if path.is_dir()]
-    assert _leftovers([Path("/sys/fs/cgroup"), Path("/dev/shm"), *groups]) == []
+    assert _leftovers([Path("/sys/fs/cgroup"), *groups]) == []
     assert not (tmp_path / "home").exists(), "it looks, and makes nothing"
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert not [pid for pid in children if "qemu" in Path(f"/proc/{pid}/comm").read_text()]

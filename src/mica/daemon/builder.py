@@ -159,7 +159,6 @@ class Builder:
         return await examine(
             Examination(
                 home=s.home,
-                ram_dir=s.ram_dir,
                 path=s.path,
                 uid=s.uid,
                 user=_user(s.uid),
@@ -203,4 +202,4 @@ class Builder:
         return DirectoryImages(self.settings.home / "images")
 
     def host(self) -> LocalHost:
-        return LocalHost(home=self.settings.home, ram_dir=self.settings.ram_dir)
+        return LocalHost(home=self.settings.home)

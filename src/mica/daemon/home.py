@@ -88,7 +88,6 @@ def _make_directories(settings: Settings) -> None:
     for part in (base, runtime):
         if settings.uid == 0:
             part.chmod(0o711)
-    _own_directory(settings.ram_dir, settings.uid, 0o711, hint="remove it, or set ram_dir to a directory of yours")
 
 
 def _own_directory(

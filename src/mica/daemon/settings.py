@@ -28,7 +28,6 @@ SETTINGS: dict[str, str] = {
     "the host's loopback through it",
     "accelerator": "kvm or tcg instead of the best one that is proven to work",
     "jail": "off runs QEMU without a jail; refused to root",
-    "ram_dir": "where guest RAM is kept, a file system in memory; /dev/shm/mica-<home> if not given",
     "reserve": "memory that VMs never get; the larger of 512 MiB and 5 % of the host if not given",
     "trash": "how long deleted VMs can be restored; 7d if not given",
     "keep_operations": "how long ended operations are kept; 30d if not given",
@@ -53,7 +52,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     slirp: str = ""
     accelerator: str = ""
     jail_off: bool = False
-    ram_dir: Path
     reserve: int | None = None
     trash_s: float = 7 * 86400.0
     keep_operations_s: float = 30 * 86400.0
@@ -131,9 +129,6 @@ def load(options: Mapping[str, str], environ: Mapping[str, str] = os.environ, ui
         slirp=values.get("slirp", ""),
         accelerator=values.get("accelerator", ""),
         jail_off=values.get("jail") == "off",
-        ram_dir=Path(values["ram_dir"]).absolute()
-        if values.get("ram_dir")
-        else Path("/dev/shm") / f"mica-{runtime.name}",  # noqa: S108
         reserve=parse_size(values["reserve"]) if values.get("reserve") else None,
         trash_s=parse_duration(values.get("trash", "7d")),
         keep_operations_s=parse_duration(values.get("keep_operations", "30d")),

@@ -25,15 +25,14 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Room(msgspec.Struct, frozen=True):
-    """What is left for VMs, in bytes: by promises, by what the host has free now, in the file system of guest RAM."""
+    """What is left for VMs, in bytes: by promises, and by what the host has free now."""
 
     promised: int
     free: int
-    ram: int | None
 
     @property
     def least(self) -> int:
-        return min(n for n in (self.promised, self.free, self.ram) if n is not None)
+        return min(self.promised, self.free)
 
 
 def room(capacity: Capacity, ledger: Ledger, running: Sequence[Candidate], reserve: int) -> Room:
@@ -42,19 +41,12 @@ def room(capacity: Capacity, ledger: Ledger, running: Sequence[Candidate], reser
     used = {c.vm_id: c.used for c in running}
     # What running VMs were promised and have not touched yet is not free, though the host counts it as free.
     untouched = sum(max(0, r.ram + r.overhead - used.get(v, 0)) for v, r in ledger.reserved.items())
-    ram = None
-    if capacity.ram_total:
-        ram = min(capacity.ram_total - sum(r.ram for r in ledger.reserved.values()), capacity.ram_free)
-    return Room(capacity.memory - reserve - reserved, capacity.available - reserve - untouched, ram)
+    return Room(capacity.memory - reserve - reserved, capacity.available - reserve - untouched)
 
 
 def with_room(capacity: Capacity, used: int) -> Capacity:
     """``capacity`` as it is once a VM that uses so many bytes now has ended."""
-    return msgspec.structs.replace(
-        capacity,
-        available=Bytes(capacity.available + used),
-        ram_free=Bytes(min(capacity.ram_free + used, capacity.ram_total)),
-    )
+    return msgspec.structs.replace(capacity, available=Bytes(capacity.available + used))
 
 
 def _stoppable(candidates: Sequence[Candidate], missing: int) -> tuple[Candidate, ...]:
@@ -105,17 +97,10 @@ def admit(
         )
     left = room(capacity, ledger, running, reserve)
     wanted = need.ram + need.overhead
-    if wanted <= left.promised and wanted <= left.free and (left.ram is None or need.ram <= left.ram):
-        return
-    # Guest RAM beyond the file system that holds it would end in SIGBUS, not in swapping: nobody may insist on that.
-    beyond = left.ram is not None and need.ram > left.ram
-    if overcommit and not beyond:
+    if overcommit or (wanted <= left.promised and wanted <= left.free):
         return
     least = max(0, left.least)
     ways = _ways_out(name, spec, least, need, running)
-    if beyond:
-        ways = [w for w in ways if "insists" not in w]
-        ways.append("the file system of guest RAM can be made larger: `mount -o remount,size=90% /dev/shm`")
     raise MicaError(
         Code.INSUFFICIENT_MEMORY,
         f"{name} needs {format_size(wanted)} ({format_size(need.ram)} of RAM, {format_size(need.overhead)} for QEMU); "

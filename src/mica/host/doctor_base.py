@@ -92,11 +92,10 @@ class Probes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Examination(msgspec.Struct, frozen=True, kw_only=True):
-    """Whom and what is examined: ``home`` is MICA_HOME, ``ram_dir`` where guest RAM is kept, ``path`` the search path
-    for programs, ``root`` where ``proc``, ``sys`` and ``etc`` lie."""
+    """Whom and what is examined: ``home`` is MICA_HOME, ``path`` the search path for programs, ``root`` where ``proc``,
+    ``sys`` and ``etc`` lie."""
 
     home: Path
-    ram_dir: Path
     path: str
     uid: int
     user: str

@@ -1,8 +1,7 @@
-"""Memory, processors, the file system of guest RAM, and the disk."""
+"""Memory, processors, guest RAM, and the disk."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import time
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mica.host.doctor_base import Patient
+from mica.host.sealed import try_seals
 from mica.model.doctor import Finding, Status
 from mica.model.units import GIB, MIB, format_size
 
@@ -56,85 +56,24 @@ async def processors(patient: Patient) -> Sequence[Finding]:
 
 
 async def guest_ram(patient: Patient) -> Sequence[Finding]:
-    """The file system that holds guest RAM: its kind, its room, and a page that is mapped and written."""
-    directory, ram_dir = _existing(patient.examination.ram_dir), patient.examination.ram_dir
-    stat = os.statvfs(directory)
-    total, free = stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
-    in_memory = _in_memory(patient, directory)
+    """Guest RAM is memory without a path that can be sealed: it was made, mapped, sealed, and held."""
+    del patient
     title = "Guest memory"
-    where = f"{ram_dir} on {'a tmpfs' if in_memory else 'a disk'}: {format_size(free)} free of {format_size(total)}"
     try:
-        _map_trial(directory)
+        try_seals(_TRIAL_BYTES)
     except OSError as error:
         return [
             Finding(
                 id="guest-ram",
                 title=title,
                 status=Status.MISSING,
-                proof=f"{where}; a shared mapping could not be written: {error.strerror}",
-                costs="no virtual machine can start: its memory is a file there",
-                fix_note="set ram_dir to a directory on a file system in memory that may be written",
+                proof=f"sealed memory could not be had: {error.strerror}",
+                costs="no virtual machine can start: its memory is such a file, and forks of it share it",
+                fix_note="use Linux 5.1 or later, and let the daemon use memfd_create",
             )
         ]
-    proof = f"{where}; a shared mapping was written and read back"
-    if not in_memory:
-        return [
-            Finding(
-                id="guest-ram",
-                title=title,
-                status=Status.DEGRADED,
-                proof=proof,
-                costs="guest memory is written to a disk, which makes VMs slow",
-                fix_note="set ram_dir to a directory on a tmpfs, such as /dev/shm",
-            )
-        ]
-    wanted = patient.facts.memory_total // 2
-    if total >= wanted * 9 // 10:
-        return [Finding(id="guest-ram", title=title, status=Status.OK, proof=proof)]
-    point = _mount_point(patient, directory)
-    return [
-        Finding(
-            id="guest-ram",
-            title=title,
-            status=Status.DEGRADED,
-            proof=proof,
-            costs=f"all VMs together have at most {format_size(free)} of memory, though this host could give more",
-            fix=patient.fixes.command("mount", "-o", f"remount,size={wanted // MIB}m", point),
-            fix_note="until the next boot; in a container, give it a larger --shm-size",
-        )
-    ]
-
-
-def _map_trial(directory: Path) -> None:
-    """What a VM's memory is: a file, mapped shared, written through the mapping. Raises ``OSError``."""
-    with tempfile.TemporaryFile(dir=directory) as file:
-        # Room is taken first: writing to a mapping of a file that cannot grow would kill this process with SIGBUS.
-        os.posix_fallocate(file.fileno(), 0, _TRIAL_BYTES)
-        with mmap.mmap(file.fileno(), _TRIAL_BYTES) as mapping:
-            mapping[-8:] = b"mica-ram"
-            if os.pread(file.fileno(), 8, _TRIAL_BYTES - 8) != b"mica-ram":
-                raise OSError(0, "the file does not hold what was written to the mapping")
-
-
-def _mounts(patient: Patient) -> dict[str, str]:
-    """Mount point → kind of file system; of several at one point the last is the one that is seen."""
-    out = {}
-    for line in (patient.text("proc/self/mountinfo") or "").splitlines():
-        head, _, tail = line.partition(" - ")
-        fields, rest = head.split(), tail.split()
-        if len(fields) >= 5 and rest:
-            out[fields[4]] = rest[0]
-    return out
-
-
-def _mount_point(patient: Patient, directory: Path) -> str:
-    mounts = _mounts(patient)
-    real = directory.resolve()
-    return next((str(part) for part in (real, *real.parents) if str(part) in mounts), "/")
-
-
-def _in_memory(patient: Patient, directory: Path) -> bool:
-    return _mounts(patient).get(_mount_point(patient, directory)) in ("tmpfs", "ramfs", "hugetlbfs")
+    proof = "memory was made, mapped and sealed; a private mapping and a discard left it as it was"
+    return [Finding(id="guest-ram", title=title, status=Status.OK, proof=proof)]
 
 
 def _existing(path: Path) -> Path:

@@ -26,22 +26,18 @@ class SystemClock:
 
 
 class LocalHost:
-    """Implements :class:`mica.ports.host.Host`. ``ram_dir`` holds guest RAM, ``home`` everything else."""
+    """Implements :class:`mica.ports.host.Host`. ``home`` holds everything that is on disk."""
 
-    def __init__(self, *, home: Path, ram_dir: Path) -> None:
+    def __init__(self, *, home: Path) -> None:
         self._home = home
-        self._ram_dir = ram_dir
 
     def capacity(self) -> Capacity:
         facts = read_facts()
-        ram = os.statvfs(_existing(self._ram_dir))
         disk = os.statvfs(_existing(self._home))
         return Capacity(
             cpus=max(1, int(facts.processors)),
             memory=facts.memory_total,
             available=facts.memory_available,
-            ram_total=Bytes(ram.f_blocks * ram.f_frsize),
-            ram_free=Bytes(ram.f_bavail * ram.f_frsize),
             disk_free=Bytes(disk.f_bavail * disk.f_frsize),
         )
 

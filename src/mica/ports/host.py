@@ -10,15 +10,11 @@ from mica.model.units import Bytes
 
 
 class Capacity(msgspec.Struct, frozen=True):
-    """One look at the host. ``available`` is what could be used without swapping; ``ram_free`` what the file system
-    that holds guest RAM has left (0 of ``ram_total`` 0: guest RAM is not kept in a file system of its own).
-    """
+    """One look at the host. ``available`` is what could be used without swapping."""
 
     cpus: int
     memory: Bytes
     available: Bytes
-    ram_total: Bytes
-    ram_free: Bytes
     disk_free: Bytes
 
 

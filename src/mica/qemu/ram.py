@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Final
 
 from mica.host.processes import find
+from mica.host.sealed import SEALS
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.units import MIB, Bytes, format_size
 from mica.model.vm import VmRuntime
 
-# linux/fcntl.h (since Linux 5.1); Python's fcntl does not name it.
-F_SEAL_FUTURE_WRITE: Final = 0x0010
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 _CHUNK: Final = 8 * MIB
 
 
@@ -89,7 +87,7 @@ class RamImages:
         if descriptor is None:
             raise MicaError(Code.QEMU_FAILED, "the machine ended before its memory could be kept")
         try:
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
         except BaseException:
             os.close(descriptor)
             raise
@@ -119,7 +117,7 @@ class RamImages:
             descriptor = create(Bytes(os.fstat(source).st_size))
             try:
                 await _in_thread(source, descriptor, lambda _: None)
-                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_WRITE)
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_WRITE)
             except BaseException:
                 os.close(descriptor)
                 raise

@@ -188,15 +188,12 @@ class SimulatedHost:
     Close it (or use it as an asynchronous context manager): guests are tasks.
     """
 
-    def __init__(
-        self, clock: Clock, *, cpus: int = 4, memory: int = 8 * GIB, host_used: int = GIB, ram_disk: bool = True
-    ) -> None:
+    def __init__(self, clock: Clock, *, cpus: int = 4, memory: int = 8 * GIB, host_used: int = GIB) -> None:
         self.clock = clock
         self.faults = Faults(clock)
         self.cpus = cpus
         self.memory = memory
         self.host_used = host_used
-        self.ram_disk = ram_disk
         self.disk_free = 100 * GIB
         self.build_s = 0.0
         self.default = Behaviour()
@@ -317,13 +314,10 @@ class SimulatedHost:
 
     def capacity(self) -> Capacity:
         used = sum(self.touched(vm_id) for vm_id in self.processes)
-        ram = self.memory // 2 if self.ram_disk else 0
         return Capacity(
             cpus=self.cpus,
             memory=Bytes(self.memory),
             available=Bytes(max(0, self.memory - self.host_used - used)),
-            ram_total=Bytes(ram),
-            ram_free=Bytes(max(0, ram - used) if ram else 0),
             disk_free=Bytes(self.disk_free),
         )
 
@@ -336,6 +330,7 @@ class SimulatedHost:
             "volumes": {vm_id: sorted(disks) for vm_id, disks in sorted(self.volumes.items())},
             "staged": {vm_id: sorted(disks) for vm_id, disks in sorted(self.storage.staged.items())},
             "parts": sorted(self.storage.parts),
+            "scratch": sorted(self.storage.scratch),
             "networks": sorted(self.networks),
             "slices": sorted(self.slices),
             "images": sorted(self.images),
