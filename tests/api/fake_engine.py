@@ -33,13 +33,14 @@ from mica.model.views import (
     VmView,
 )
 from mica.model.vm import Power, VmObserved, VmSpec, VmState, check_labels, check_name, check_spec
-from tests.api.fake_guests import NOW, FakeGuests
+from tests.api.fake_guests import NOW
+from tests.api.fake_snapshots import FakeSnapshots
 
 replace = msgspec.structs.replace
 MAKER = Actor("root", "unix:uid=0")
 
 
-class FakeEngine(FakeGuests):
+class FakeEngine(FakeSnapshots):
     """See the module. ``oldest`` is the first revision from which events are kept."""
 
     def __init__(self) -> None:
@@ -105,16 +106,18 @@ class FakeEngine(FakeGuests):
             return self.jobs[known]
         noun, _, what = verb.partition(".")
         act = getattr(self, f"_{noun}_{what}", None)
-        found_id, name = await (act(target, params, if_match) if act else self._vm_verb(verb, target, if_match))
+        done = await (act(target, params, if_match) if act else self._vm_verb(verb, target, if_match))
+        found_id, name, *result = done
         operation = Operation(
             id=str(uuid.uuid4()),
             verb=verb,
-            target=f"{noun}/{found_id}",
+            target=f"{'vm' if verb == VmVerb.SNAPSHOT else noun}/{found_id}",
             target_name=name,
             params=msgspec.to_builtins(params),
             by=by,
             state=OperationState.RUNNING if name.startswith("slow") else OperationState.SUCCEEDED,
             created_at=NOW,
+            result=result[0] if result else {},
         )
         if idempotency_key:
             self.keys[idempotency_key] = (operation.id, digest)

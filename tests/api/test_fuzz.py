@@ -25,6 +25,7 @@ from structlog.testing import LogCapture
 from mica.api.app import create_app
 from mica.api.auth import Access, Peer
 from mica.api.lifetime import Lifetime
+from mica.engine.operations.snapshot_create import Take
 from mica.model.image import MicroRecipe
 from mica.model.operation import Actor
 from mica.model.views import ImageMake, VmCreate
@@ -35,7 +36,8 @@ BY = Actor("root", "unix:uid=0")
 
 
 class Fresh:
-    """An application whose engine knows a VM ``web``, an image ``micro`` and an operation, anew for each request.
+    """An application whose engine knows a VM ``web``, its snapshot ``clean``, an image ``micro`` and an operation,
+    anew for each request.
 
     It is closing, so that nothing waits and no stream goes on.
     """
@@ -55,6 +57,7 @@ class Fresh:
         await self.engine.submit("image.make", "", ImageMake(MicroRecipe()), by=BY)
         operation = await self.engine.submit("vm.create", "", VmCreate(name="web"), by=BY)
         self.engine.jobs["op"] = operation
+        await self.engine.submit("snapshot.create", "web", Take(name="clean"), by=BY)
         await self.app(scope, receive, send)
 
 
@@ -69,7 +72,7 @@ schema = schemathesis.openapi.from_asgi("/v1/openapi.json", Fresh())
 @schema.parametrize()
 @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_no_request_is_a_fault_and_every_answer_is_as_described(case: Case[Any]) -> None:
-    known = {"vm": "web", "image": "micro", "operation": "op"}
+    known = {"vm": "web", "image": "micro", "operation": "op", "snapshot": "clean"}
     # Half of the requests are about something that is there.
     if zlib.crc32(repr((case.body, case.query, case.headers)).encode()) % 2:
         case.path_parameters = {name: known.get(name, value) for name, value in (case.path_parameters or {}).items()}

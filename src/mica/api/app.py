@@ -13,7 +13,7 @@ from mica.api.gate import Gate
 from mica.api.lifetime import Lifetime
 from mica.api.params import actor, terms
 from mica.api.problems import HANDLERS
-from mica.api.routes import console, events, execs, files, host, images, operations, schema, vms
+from mica.api.routes import console, events, execs, files, host, images, operations, schema, snapshots, vms
 from mica.model.errors import invalid
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ MAX_BODY = 1024 * 1024
 ROUTES: list[ControllerRouterHandler] = [
     *host.HANDLERS,
     *vms.HANDLERS,
+    *snapshots.HANDLERS,
     *operations.HANDLERS,
     *images.HANDLERS,
     *events.HANDLERS,

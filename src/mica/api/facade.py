@@ -13,7 +13,20 @@ import msgspec
 from mica.model.doctor import DoctorReport
 from mica.model.exec import ExecSpec, ExecView
 from mica.model.operation import Actor, Operation
-from mica.model.views import Event, HostView, ImagePage, ImageView, OperationPage, VmPage, VmView
+from mica.model.views import (
+    Event,
+    ForkAccepted,
+    HostView,
+    ImagePage,
+    ImageView,
+    OperationPage,
+    SnapshotPage,
+    SnapshotRestore,
+    SnapshotView,
+    VmFork,
+    VmPage,
+    VmView,
+)
 
 
 class Verbs(Protocol):
@@ -29,7 +42,14 @@ class Verbs(Protocol):
         if_match: int | None = None,
         idempotency_key: str = "",
     ) -> Operation:
-        """``target`` is a VM's id, the unique beginning of one, or its name; an image's name or digest; or empty."""
+        """``target`` is a VM's id, the unique beginning of one, or its name; an image's name or digest; a snapshot's
+        id; or empty."""
+
+    async def restore(self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor) -> Operation:
+        """Bring a VM back to a snapshot of it, which is named as in :meth:`Reads.snapshot`."""
+
+    async def fork(self, vm: str, params: VmFork, *, by: Actor) -> ForkAccepted:
+        """Running copies of a VM, as it is or as it was at a snapshot."""
 
     async def cancel(self, operation_id: str, *, by: Actor) -> Operation: ...
 
@@ -55,6 +75,12 @@ class Reads(Protocol):
     async def image(self, ref: str) -> ImageView: ...
 
     async def images(self) -> ImagePage: ...
+
+    async def snapshots(self, vm: str = "", *, forks: bool = False) -> SnapshotPage:
+        """Of all VMs, or of one; with ``forks`` also the moments at which forks began."""
+
+    async def snapshot(self, vm: str, ref: str) -> SnapshotView:
+        """``ref`` is a name within the VM, an id, or the unique beginning of one."""
 
     async def host(self) -> HostView: ...
 

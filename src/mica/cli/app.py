@@ -43,6 +43,10 @@ SECTIONS = (
         "Work with",
         (
             Command("vm", "mica.cli.vm:app", "virtual machines: list, start, stop, exec, console, cp, log …", "VERB …"),
+            Command(
+                "snapshot", "mica.cli.snapshot:app", "VMs at one moment: create, list, restore, verify …", "VERB …"
+            ),
+            Command("fork", "mica.cli.fork:fork", "make running copies of a VM in a moment", "VM"),
             Command("image", "mica.cli.image:app", "what VMs start from: list, build, import, verify …", "VERB …"),
             Command("operation", "mica.cli.operation:app", "what Mica is doing: list, wait, cancel …", "VERB …"),
             Command("events", "mica.cli.events:events", "follow what changes"),

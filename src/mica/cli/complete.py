@@ -6,6 +6,7 @@ import http.client
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from cyclopts.completion import CompletionContext
 
 _TIMEOUT_S = 0.3
+_PAGED = ("vms", "operations")
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -37,12 +39,22 @@ def names(noun: str, context: CompletionContext) -> list[str]:
     return names_from(noun, process_world(), (home.raw or "") if home is not None else "")
 
 
+def snapshots(context: CompletionContext) -> list[str]:
+    """Names of the snapshots of the VM that was written before, of all VMs where none was."""
+    from mica.cli.main import process_world
+
+    home, vm = context.get("--home"), context.get("vm")
+    of = quote(vm.raw or "", safe="") if vm is not None else ""
+    where = (home.raw or "") if home is not None else ""
+    return names_from(f"vms/{of}/snapshots" if of else "snapshots", process_world(), where)
+
+
 def names_from(noun: str, world: World, home: str = "") -> list[str]:
     """The same with everything given; none where no daemon answers within 0.3 s."""
     where = Path(home).absolute() if home else state_home(world.environ, world.uid)
     connection = _UnixConnection(str(api_socket(runtime_dir(where, world.environ, world.uid))))
     try:
-        connection.request("GET", f"/v1/{noun}" + ("" if noun == "images" else "?limit=200"))
+        connection.request("GET", f"/v1/{noun}" + ("?limit=200" if noun in _PAGED else ""))
         response = connection.getresponse()
         items = msgspec.json.decode(response.read()).get("items", []) if response.status == 200 else []
     except (OSError, http.client.HTTPException, msgspec.DecodeError):
@@ -55,4 +67,6 @@ def names_from(noun: str, world: World, home: str = "") -> list[str]:
 def _name(noun: str, item: dict[str, Any]) -> str:
     if noun == "images":
         return str(item["image"]["name"])
+    if noun.endswith("snapshots"):
+        return str(item["snapshot"]["name"])
     return str(item["id"] if noun == "operations" else item["name"])

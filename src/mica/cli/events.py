@@ -53,6 +53,9 @@ def describe(event: Event) -> str:
         what = (
             f"{thing.get('verb', '')} {thing.get('target_name', '')} {thing.get('state', '')} {thing.get('step', '')}"
         )
+    elif event.kind == "snapshot":
+        snapshot = thing.get("snapshot", {})
+        what = f"{snapshot.get('name', event.id)} of {snapshot.get('vm_name', '')} {snapshot.get('state', '')}"
     elif event.kind == "image":
         what = str(thing.get("image", {}).get("name", event.id))
     else:

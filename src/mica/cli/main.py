@@ -136,7 +136,7 @@ def _usage_error(world: World, error: Exception, argv: list[str], as_json: bool)
     from mica.model.errors import invalid
 
     words = [word for word in argv[:2] if not word.startswith("-")]
-    known = words[:2] if words and words[0] in ("vm", "image", "operation", "host", "daemon") else words[:1]
+    known = words[:2] if words and words[0] in ("vm", "snapshot", "image", "operation", "host", "daemon") else words[:1]
     hint = f"see: mica {' '.join(known)} --help".replace("  ", " ")
     if known in (["run"], ["vm", "exec"]) and "--" not in argv and "Unknown option" in str(error):
         hint = "put -- before the command for the guest: its options are then its own; " + hint

@@ -67,6 +67,12 @@ def _operation_ids(context: CompletionContext) -> list[str]:
     return names("operations", context)
 
 
+def _snapshot_names(context: CompletionContext) -> list[str]:
+    from mica.cli.complete import snapshots
+
+    return snapshots(context)
+
+
 Size = Annotated[int, Parameter(converter=_size, n_tokens=1)]
 Duration = Annotated[float, Parameter(converter=_duration, n_tokens=1)]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
@@ -74,5 +80,6 @@ Many = Annotated[tuple[str, ...], Parameter(negative=())]
 VmArg = Annotated[str, Parameter(completer=_vm_names)]
 VmArgs = Annotated[tuple[str, ...], Parameter(completer=_vm_names)]
 ImageArg = Annotated[str, Parameter(completer=_image_names)]
+SnapshotArg = Annotated[str, Parameter(completer=_snapshot_names)]
 OperationArg = Annotated[str, Parameter(completer=_operation_ids)]
 Hidden = Parameter(parse=False)

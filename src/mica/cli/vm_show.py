@@ -11,6 +11,8 @@ from mica.cli.context import Context
 from mica.cli.options import DEFAULTS, Flag, Hidden, Many, Options, VmArg
 from mica.cli.text import age, facts, moment, size, table
 from mica.cli.values import pairs
+from mica.model.identity import IdentityItem
+from mica.model.snapshot import Snapshot
 from mica.model.views import UsageSource, VmView
 from mica.model.vm import DiskSpec, NicRuntime, Publish, VmState
 
@@ -94,11 +96,13 @@ async def show(vm: VmArg, /, *, options: Options = DEFAULTS, ctx: Annotated[Cont
     """
     async with ctx.client() as client:
         view = (await client.vms.get(vm)).view
-    ctx.emit(view, lambda: describe(view, ctx.now, colour=ctx.colour))
+        known = await client.snapshots.list(forks=True) if view.snapshot and not ctx.json else []
+    snapshot = next((other.snapshot for other in known if other.snapshot.id == view.snapshot), None)
+    ctx.emit(view, lambda: describe(view, ctx.now, snapshot, colour=ctx.colour))
 
 
-def describe(view: VmView, now: float, *, colour: bool = False) -> str:
-    """All of a VM for a reader."""
+def describe(view: VmView, now: float, snapshot: Snapshot | None = None, *, colour: bool = False) -> str:
+    """All of a VM for a reader; ``snapshot`` is the one that its present state descends from."""
     observed, spec = view.observed, view.spec
     state = observed.state.value
     wanted = f"wanted: {view.intent}" if view.intent.value != state else ""
@@ -117,6 +121,10 @@ def describe(view: VmView, now: float, *, colour: bool = False) -> str:
             ("pending", _pending(view)),
             ("operations", "\n".join(view.operations)),
             ("image", view.image_name),
+            ("fork of", view.forked_from),
+            ("own by now", ", ".join(item.what for item in view.identity if item.done)),
+            ("not yet own", "\n".join(_shared(item) for item in view.identity if not item.done)),
+            ("snapshot", _snapshot(view, snapshot)),
             ("machine", f"{spec.machine}, {spec.firmware}, {view.accelerator or 'not running'}"),
             ("vCPUs", f"{spec.cpus}{limit}"),
             ("memory", size(spec.memory)),
@@ -147,6 +155,17 @@ def _pending(view: VmView) -> str:
     return f"{', '.join(view.pending)}: from the next start on (mica vm restart {view.name})" if view.pending else ""
 
 
+def _shared(item: IdentityItem) -> str:
+    return f"{item.what}: {item.why}" if item.why else item.what.value
+
+
+def _snapshot(view: VmView, snapshot: Snapshot | None) -> str:
+    if snapshot is None:
+        return view.snapshot and f"goes on from {view.snapshot}"
+    of = "" if snapshot.vm_id == view.id else f" of {snapshot.vm_name}"
+    return f"goes on from {snapshot.name}{of}"
+
+
 def _use(view: VmView) -> str:
     usage = view.usage
     alone = (
@@ -155,6 +174,7 @@ def _use(view: VmView) -> str:
     parts = (
         "" if usage.cpu is None else f"{usage.cpu * 100:.0f} % of a processor",
         "" if usage.memory is None else f"{size(usage.memory)} of memory{alone}",
+        "" if usage.shared is None else f"{size(usage.shared)} shared with its relatives",
         "" if usage.disk is None else f"{size(usage.disk)} of disk",
     )
     return ", ".join(part for part in parts if part)

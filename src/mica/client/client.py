@@ -13,6 +13,7 @@ from mica.client import daemon
 from mica.client.events import Events
 from mica.client.images import Images, Waiter
 from mica.client.operations import OnProgress, Operations
+from mica.client.snapshots import Snapshots
 from mica.client.transport import DEFAULT_TIMEOUT_S, Endpoint, Transport, is_denied, parse_url, path_of
 from mica.client.vms import AGENT_TIMEOUT_S, Vms, make_create, vm_id
 from mica.model.doctor import DoctorReport
@@ -77,6 +78,7 @@ class Client:
         self.operations = Operations(self.transport)
         self.events = Events(self.transport)
         self.images = Images(self.transport, self.operations)
+        self.snapshots = Snapshots(self.transport, self.operations)
         self.vms = Vms(self.transport, self.operations, self.events)
 
     async def __aenter__(self) -> Self:

@@ -8,11 +8,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mica.client.operations import OnProgress
-from mica.client.vms import AGENT_TIMEOUT_S, Vms
+from mica.client.snapshots import Snapshots
+from mica.client.vms import AGENT_TIMEOUT_S, Vms, vm_id
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
 from mica.model.units import parse_size
-from mica.model.views import VmSet, VmView
+from mica.model.views import SnapshotCreate, SnapshotRestore, SnapshotView, VmFork, VmSet, VmView
 from mica.model.vm import VmState
 
 if TYPE_CHECKING:
@@ -93,6 +94,67 @@ class VmHandle:
     async def restore(self, *, name: str = "") -> Self:
         """Bring it back from the trash."""
         return await self._after(await self._vms.restore(self.id, name=name))
+
+    @property
+    def _snapshots(self) -> Snapshots:
+        return Snapshots(self._vms.transport, self._vms.operations)
+
+    async def snapshot(
+        self,
+        name: str = "",
+        *,
+        memory: bool = True,
+        quiesce: bool = False,
+        description: str = "",
+        on_progress: OnProgress | None = None,
+    ) -> SnapshotView:
+        """Take a snapshot: all disks, and, while it runs, its memory and devices (unless ``memory`` is false).
+
+        ``quiesce`` has the guest's agent freeze its file systems for the moment. Returns when all of it is on disk
+        with its checksums. Raises ``exists``, ``state-conflict``, ``insufficient-disk``.
+        """
+        body = SnapshotCreate(name=name, memory=memory, quiesce=quiesce, description=description)
+        operation = await self._snapshots.create(self.id, body, on_progress=on_progress)
+        return await self._snapshots.get(self.id, operation.result["id"])
+
+    async def snapshots(self) -> list[SnapshotView]:
+        """Its snapshots, oldest first."""
+        return await self._snapshots.list(self.id)
+
+    async def restore_snapshot(
+        self,
+        snapshot: str,
+        *,
+        keep: bool = True,
+        memory: bool = True,
+        overcommit: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> Self:
+        """Back to a snapshot, by name or id. The present state becomes a snapshot first unless ``keep`` is false.
+
+        A snapshot with memory runs on where it was; without, or with ``memory=False``, the VM is stopped then. Raises
+        ``corrupt``, ``host-lacks``, ``insufficient-memory``.
+        """
+        body = SnapshotRestore(keep=keep, memory=memory, overcommit=overcommit)
+        return await self._after(await self._snapshots.restore(self.id, snapshot, body, on_progress=on_progress))
+
+    async def fork(
+        self,
+        count: int = 1,
+        *,
+        name: str = "",
+        snapshot: str = "",
+        overcommit: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> list[VmHandle]:
+        """``count`` running copies of it as it is now, or as it was at ``snapshot``; it goes on itself.
+
+        ``name`` is the copies' name, or its beginning when there are several. Returns when all run. Raises
+        ``insufficient-memory``, ``exists``, ``state-conflict``.
+        """
+        body = VmFork(count=count, name=name, snapshot=snapshot, overcommit=overcommit)
+        done = await self._snapshots.forked(await self._snapshots.fork(self.id, body), on_progress)
+        return [VmHandle(self._vms, await self._vms.view(vm_id(operation))) for operation in done]
 
     async def set(self, *, if_match: int | None = None, **fields: Any) -> Self:
         """Change fields of :class:`mica.model.views.VmSet`; ``memory`` may be words. See ``view.pending``."""

@@ -23,7 +23,20 @@ from mica.model.exec import ExecSpec, ExecView
 from mica.model.operation import Actor, Operation
 from mica.model.transitions import LIVE
 from mica.model.units import Bytes
-from mica.model.views import Event, HostView, ImagePage, ImageView, OperationPage, VmPage, VmView
+from mica.model.views import (
+    Event,
+    ForkAccepted,
+    HostView,
+    ImagePage,
+    ImageView,
+    OperationPage,
+    SnapshotPage,
+    SnapshotRestore,
+    SnapshotView,
+    VmFork,
+    VmPage,
+    VmView,
+)
 from mica.model.vm import AgentState, VmRuntime, VmState
 from mica.qemu.command_line import Sockets
 from mica.qemu.console import Consoles
@@ -76,6 +89,12 @@ class Service:
             verb, target, params, by=by, if_match=if_match, idempotency_key=idempotency_key
         )
 
+    async def restore(self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor) -> Operation:
+        return await self._engine.restore(vm, snapshot, params, by=by)
+
+    async def fork(self, vm: str, params: VmFork, *, by: Actor) -> ForkAccepted:
+        return await self._engine.fork(vm, params, by=by)
+
     async def cancel(self, operation_id: str, *, by: Actor) -> Operation:
         return await self._engine.cancel((await self._views.operation(operation_id)).id, by=by)
 
@@ -105,6 +124,12 @@ class Service:
 
     async def images(self) -> ImagePage:
         return await self._views.images()
+
+    async def snapshots(self, vm: str = "", *, forks: bool = False) -> SnapshotPage:
+        return await self._views.snapshots(vm, forks=forks)
+
+    async def snapshot(self, vm: str, ref: str) -> SnapshotView:
+        return await self._views.snapshot(vm, ref)
 
     async def host(self) -> HostView:
         capacity = self._engine.env.host.capacity()
@@ -223,9 +248,7 @@ class Service:
     async def exec_kill(self, vm: str, exec_id: str, signal: int) -> None:
         await self._execs.kill(await self._records.resolve_vm(vm), exec_id, signal)
 
-    async def copy_in(
-        self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor, size: int = 0
-    ) -> CopySummary:
+    async def copy_in(self, vm: str, dest: str, tar: AsyncIterator[bytes], *, by: Actor, size: int = 0) -> CopySummary:
         vm_id, name, runtime = await self._guest(vm)
         log.info("copy in", vm=name, by=by.name, source=by.source, path=dest)
         return await self._copies.copy_in(vm_id, name, runtime, dest, tar, size=size)

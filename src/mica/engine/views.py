@@ -10,10 +10,22 @@ import msgspec
 
 from mica.engine.definition import Env
 from mica.engine.operations.vm_create import find_image
-from mica.engine.records import ImageRow, Versioned
+from mica.engine.records import ImageRow, Records, Versioned
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Operation, OperationState
-from mica.model.views import Event, ImagePage, ImageView, OperationPage, VmPage, VmUsage, VmView
+from mica.model.snapshot import Part, Snapshot, SnapshotKind, SnapshotState
+from mica.model.units import Bytes
+from mica.model.views import (
+    Event,
+    ImagePage,
+    ImageView,
+    OperationPage,
+    SnapshotPage,
+    SnapshotView,
+    VmPage,
+    VmUsage,
+    VmView,
+)
 from mica.model.vm import Vm, VmRuntime, VmStatus, pending_changes
 from mica.ports.store import Compacted
 
@@ -23,6 +35,77 @@ if TYPE_CHECKING:
 replace = msgspec.structs.replace
 
 MAX_PAGE = 1000
+_TOLD = ("vm", "operation", "image", "snapshot")
+
+
+class _Shelf:
+    """The rows that snapshots are told from, read once for all that are told."""
+
+    def __init__(
+        self, snapshots: dict[str, Versioned[Snapshot]], parts: dict[str, Part], damaged: dict[str, str], vms: list[Vm]
+    ) -> None:
+        self.rows = sorted(snapshots.values(), key=lambda row: (row.value.created_at, row.value.id))
+        self._parts = parts
+        self._damaged_images = damaged
+        self._present = {vm.id: vm.snapshot for vm in vms}
+        self._descendants: dict[str, list[Vm]] = {}
+        for vm in vms:
+            self._descendants.setdefault(vm.snapshot, []).append(vm)
+        self._owners: dict[str, str] = {}
+        # What the moment of a fork shares with a snapshot that somebody asked for is the latter's.
+        for row in sorted(self.rows, key=lambda row: row.value.kind is SnapshotKind.FORK):
+            for part in row.value.parts:
+                self._owners.setdefault(part, row.value.id)
+
+    @classmethod
+    async def read(cls, records: Records) -> _Shelf:
+        return cls(
+            await records.snapshots.scan(),
+            {id_: row.value for id_, row in (await records.parts.scan()).items()},
+            {id_: row.value.damaged for id_, row in (await records.images.scan()).items() if row.value.damaged},
+            [row.value for row in (await records.vms.scan()).values()],
+        )
+
+    def view(self, row: Versioned[Snapshot]) -> SnapshotView:
+        snapshot = row.value
+        known, damaged = self._needs(snapshot)
+        own = [self._parts[id_] for id_ in snapshot.parts if id_ in self._parts and self._owners[id_] == snapshot.id]
+        checked = [part.verified_at for part in known if part.verified_at is not None]
+        return SnapshotView(
+            snapshot=snapshot,
+            generation=row.generation,
+            size=Bytes(sum(part.size for part in own)),
+            memory=snapshot.memory is not None,
+            current=self._present.get(snapshot.vm_id) == snapshot.id,
+            complete=snapshot.state is SnapshotState.COMPLETE,
+            verified_at=min(checked) if checked and len(checked) == len(known) else None,
+            damaged=damaged,
+            forks=tuple(sorted(vm.name for vm in self._descendants.get(snapshot.id, ()) if vm.id != snapshot.vm_id)),
+        )
+
+    def _needs(self, snapshot: Snapshot) -> tuple[list[Part], tuple[str, ...]]:
+        """All parts that it consists of or lies over, and what is wrong with them, in words."""
+        waiting, seen = list(reversed(snapshot.parts)), set[str]()
+        known: list[Part] = []
+        damaged: list[str] = []
+        while waiting:
+            id_ = waiting.pop()
+            if id_ in seen:
+                continue
+            seen.add(id_)
+            part = self._parts.get(id_)
+            if part is None:
+                if snapshot.state is not SnapshotState.TAKING:
+                    damaged.append(f"part {id_[:8]} is not there")
+                continue
+            known.append(part)
+            if part.damaged:
+                damaged.append(f"{part.kind} {part.name}".strip() + f": {part.damaged}")
+            if part.image in self._damaged_images:
+                damaged.append(f"image of {part.name}: {self._damaged_images[part.image]}")
+            if part.base:
+                waiting.append(part.base)
+        return known, tuple(damaged)
 
 
 class Views:
@@ -54,8 +137,11 @@ class Views:
             accelerator=runtime.accelerator if runtime else "",
             process=runtime.process if runtime else None,
             nics=runtime.nics if runtime else (),
-            usage=usage,
+            usage=replace(usage, shared=runtime.spec.memory) if runtime and runtime.ram else usage,
             reduced=runtime.reduced if runtime else (),
+            snapshot=value.snapshot,
+            forked_from=value.forked_from,
+            identity=status.identity,
         )
 
     def _active(self, vm_id: str) -> tuple[str, ...]:
@@ -174,6 +260,24 @@ class Views:
         row = await self._records.images.need(found.image.digest)
         return self._image_view(row, await self._users())
 
+    async def snapshots(self, vm: str = "", *, forks: bool = False) -> SnapshotPage:
+        """All snapshots, or those of one VM, oldest first; with ``forks`` also the moments at which forks began."""
+        vm_id = await self._records.resolve_vm(vm) if vm else ""
+        revision = await self._records.store.revision()
+        shelf = await _Shelf.read(self._records)
+        chosen = [
+            row
+            for row in shelf.rows
+            if (not vm_id or row.value.vm_id == vm_id) and (forks or row.value.kind is not SnapshotKind.FORK)
+        ]
+        return SnapshotPage(revision=revision, items=tuple(shelf.view(row) for row in chosen))
+
+    async def snapshot(self, vm: str, ref: str) -> SnapshotView:
+        """One snapshot of a VM by name, id or the beginning of its id. Raises ``not-found``."""
+        id_ = await self._records.resolve_snapshot(await self._records.resolve_vm(vm), ref)
+        row = await self._records.snapshots.need(id_)
+        return (await _Shelf.read(self._records)).view(row)
+
     async def events(self, since: int | None) -> AsyncGenerator[Event, None]:
         """Changes after revision ``since`` (``None``: from now on), for ever. Raises ``gone`` when that is too old.
 
@@ -200,7 +304,7 @@ class Views:
             touched: dict[tuple[str, str], int] = {}
             for change in changes:
                 kind = "vm" if change.key.kind == "vm.status" else change.key.kind
-                if kind in ("vm", "operation", "image"):
+                if kind in _TOLD:
                     touched.pop((kind, change.key.id), None)
                     touched[kind, change.key.id] = change.revision
             # What one commit changed is told in several events. Only the last of them carries the commit's revision:
@@ -216,13 +320,16 @@ class Views:
             else:
                 await store.wait(at)
 
-    async def _object(self, kind: str, id_: str) -> VmView | Operation | ImageView | None:
+    async def _object(self, kind: str, id_: str) -> VmView | Operation | ImageView | SnapshotView | None:
         if kind == "operation":
             found = await self._records.operations.get(id_)
             return found.value if found else None
         if kind == "image":
             row = await self._records.images.get(id_)
             return self._image_view(row, await self._users()) if row else None
+        if kind == "snapshot":
+            snapshot = await self._records.snapshots.get(id_)
+            return (await _Shelf.read(self._records)).view(snapshot) if snapshot else None
         vm, status = await self._records.vms.get(id_), await self._records.statuses.get(id_)
         if vm is None or status is None:
             return None
