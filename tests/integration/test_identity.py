@@ -74,6 +74,9 @@ class Guest:
         assert status.exitcode == 0, (text, status)
         return status.out_data.decode().strip()
 
+    async def prepare(self) -> bool:
+        return await self.identities.prepare(self.vm_id, self.runtime)
+
     async def first(self, identity: Identity) -> Report:
         return await self.identities.first(self.vm_id, self.runtime, identity)
 
@@ -106,18 +109,26 @@ async def test_a_guest_becomes_another_machine(guest: Guest) -> None:
     old = await guest.run("cat /sys/class/net/eth0/address")
     who = Identity(id=CHILD, parent_id=PARENT, hostname="twin", macs={old: NEW})
 
-    # Before anything else: generator, clock, MAC address; twice, and with a NIC that is not there.
-    for _ in range(2):
+    # Before anything else: generator, clock, MAC address; with and without a program that waits for it.
+    for prepare in (False, True, True):
+        if prepare:
+            assert await guest.prepare()
         report = await guest.first(who)
         assert tuple(item.what for item in report) == FIRST
         assert undone(report) == {}
     assert await guest.run("cat /sys/class/net/eth0/address") == NEW
     assert abs(int(await guest.run("date +%s")) - LATER) < 60
-    assert await guest.run("ls -A /dev/shm; ls -d /run/.mica* 2>/dev/null; true") == ""
+    assert await guest.run("ls -A /dev/shm; ls -d /run/mica-identity-* 2>/dev/null; true") == ""
+    waiting = "for p in /proc/[0-9]*/comm; do read -r c <$p; echo $c; done 2>/dev/null | grep -c ^mica-ident"
+    assert await guest.run(waiting) == "1"
     strange = Identity(id=CHILD, macs={"52:54:00:00:00:01": "52:54:00:00:00:02", NEW: old})
-    assert undone(await guest.first(strange)) == {Trait.MAC: "52:54:00:00:00:02: No such device"}
+    assert undone(await guest.first(strange)) == {
+        Trait.MAC: "52:54:00:00:00:02: no NIC that can be changed has 52:54:00:00:00:01"
+    }
     assert await guest.run("cat /sys/class/net/eth0/address") == old
+    await guest.run("kill $(cat /run/mica-identity/pid)")
     assert undone(await guest.first(who)) == {}
+    assert await guest.run("cat /sys/class/net/eth0/address") == NEW
 
     # The rest, where there is nothing but a name and an address.
     report = await guest.rest(who)

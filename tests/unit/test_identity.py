@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import platform
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
+import termios
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -22,10 +26,11 @@ import pytest
 from mica.guest import first_program, identity_scripts
 from mica.guest.guests import AgentGuests
 from mica.guest.identity import MAX_WHY, UNREACHABLE, AgentIdentities
-from mica.model.identity import FIRST, REST, Identity, IdentityItem, Report, Trait
+from mica.model.identity import FIRST, MAX_NICS, REST, Identity, IdentityItem, Report, Trait
 from mica.model.units import MIB, Bytes
 from mica.model.vm import ProcessRef, VmRuntime, VmSpec
 from mica.testing.agent_server import FakeAgent, Misbehaviour
+from tests.integration.world import wait_for
 
 VM = "0f1e2d3c-0000-4000-8000-000000000001"
 OLD, NEW = "52:54:00:12:34:56", "52:54:00:aa:bb:cc"
@@ -54,6 +59,7 @@ class Guest:
         shell.write_text(
             f"#!/bin/sh\ncd {directory}\nn=0\nwhile [ -e words.$n ]; do n=$((n + 1)); done\n"
             "printf '%s\\0' \"$@\" >words.$n\ncat >stdin.$n\n"
+            "[ -e marked.$n ] && dd if=stdin.$n bs=1 skip=4 count=4 2>/dev/null\n"
             "while [ ! -e answer.$n ]; do n=$((n - 1)); done\ncat answer.$n\ncat error >&2\nexit $(cat status)\n"
         )
         shell.chmod(0o700)
@@ -65,6 +71,12 @@ class Guest:
             (self.directory / f"answer.{number}").write_bytes(answer)
         (self.directory / "status").write_text(str(status))
         (self.directory / "error").write_bytes(error)
+
+    def answers(self, *codes: int) -> None:
+        """As the program does from now on: for the generator, the clock and NICs."""
+        self.says(bytes(codes).ljust(2 + MAX_NICS, b"\xff"))
+        for number in range(self.runs, self.runs + 2):
+            (self.directory / f"marked.{number}").touch()
 
     def was_told(self, number: int) -> list[str]:
         return (self.directory / f"words.{number}").read_text().split("\0")[:-1]
@@ -84,9 +96,9 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
 
 
 @pytest.fixture
-async def identities() -> AsyncIterator[AgentIdentities]:
+async def identities(tmp_path: Path) -> AsyncIterator[AgentIdentities]:
     guests = AgentGuests()
-    yield AgentIdentities(guests, now=lambda: NOW, first_timeout_s=5.0)
+    yield AgentIdentities(guests, now=lambda: NOW, first_timeout_s=5.0, room=str(tmp_path / "room"))
     await guests.close()
 
 
@@ -138,40 +150,85 @@ def executable() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def run_as_nobody(executable: Path, *words: str, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
+def run_as_nobody(executable: Path, *, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
     user = 65534 if os.geteuid() == 0 else None
-    groups: list[int] | None = [] if user else None
-    command = [str(executable), *words]
-    return subprocess.run(
-        command, input=stdin, capture_output=True, check=False, user=user, group=user, extra_groups=groups
-    )
+    return subprocess.run([str(executable)], input=stdin, capture_output=True, check=False, user=user, group=user)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is a program for x86-64")
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="it is a program for x86-64")
+REFUSED = b"mark" + bytes([errno.EPERM, errno.EPERM] + [first_program.NOT_FOUND] * MAX_NICS)
+
+
+def order(mark: bytes = b"mark") -> bytes:
+    return first_program.order(mark, bytes(64), NOW, {OLD: NEW})
+
+
+@needs_x86
 def test_it_removes_itself_and_tells_what_the_kernel_said(executable: Path) -> None:
-    stdin = first_program.standard_input(bytes(64), NOW, [NEW, NEW])
-    done = run_as_nobody(executable, "no-such-interface-has-this-name", "", stdin=stdin)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert first_program.results(done.stdout, 2) == [errno.EPERM] * 4
+    done = run_as_nobody(executable, stdin=order())
+    assert (done.returncode, done.stdout, done.stderr) == (0, REFUSED, b"")
     assert not executable.exists()
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is a program for x86-64")
-def test_it_does_nothing_with_too_little_input_or_too_many_arguments(executable: Path) -> None:
-    whole = first_program.standard_input(bytes(64), NOW, [NEW])
-    assert run_as_nobody(executable, "x", stdin=whole[:-1]).returncode == 1
-    assert run_as_nobody(executable, *["x"] * 33, stdin=whole * 20).returncode == 1
-    assert executable.exists()
+@needs_x86
+@pytest.mark.parametrize("wrong", [b"", order()[:-1], order() + b"x", b"x" * len(order())])
+def test_it_does_nothing_without_an_order(executable: Path, wrong: bytes) -> None:
+    done = run_as_nobody(executable, stdin=wrong)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
 
 
-def test_its_input_is_what_the_kernel_takes() -> None:
-    data = first_program.standard_input(bytes(range(64)), 1_700_000_000.25, [NEW])
-    assert struct.unpack_from("<II", data) == (512, 64)
-    assert data[8:72] == bytes(range(64))
-    assert struct.unpack_from("<qq", data, 72) == (1_700_000_000, 250_000_000)
-    assert data[88:] == bytes.fromhex("525400aabbcc0000")
+@needs_x86
+def test_it_waits_for_the_next_order(executable: Path, tmp_path: Path) -> None:
+    with waiting(executable, tmp_path / "room") as room, (room / "out").open("rb") as out:
+        with (room / "in").open("wb", buffering=0) as orders:
+            for mark in (b"one.", b"two."):
+                orders.write(b"nonsense that is read as one piece")
+                wait_for("its taking what it was given", lambda: pending(orders.fileno()) == 0)
+                orders.write(order(mark))
+                answer = wait_for("an answer", lambda: out.read(first_program.ANSWER_SIZE))
+                assert answer == mark + REFUSED[4:]
+        assert not executable.exists()
+
+
+def pending(fifo: int) -> int:
+    count = bytearray(4)
+    fcntl.ioctl(fifo, termios.FIONREAD, count)
+    return int.from_bytes(count, sys.byteorder)
+
+
+@contextmanager
+def waiting(executable: Path, room: Path) -> Iterator[Path]:
+    """The program waits in a room, as nobody."""
+    room.mkdir()
+    os.mkfifo(room / "in")
+    user = 65534 if os.geteuid() == 0 else None
+    with (room / "out").open("ab") as out:
+        orders = os.open(room / "in", os.O_RDWR)
+        process = subprocess.Popen([str(executable), "wait"], stdin=orders, stdout=out, user=user, group=user)
+        os.close(orders)
+    try:
+        yield room
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_its_order_is_what_the_kernel_takes() -> None:
+    data = first_program.order(b"mark", bytes(range(64)), NOW, {OLD: NEW})
+    assert data[:8] == b"idtymark"
+    assert struct.unpack_from("<II", data, 8) == (512, 64)
+    assert data[16:80] == bytes(range(64))
+    assert struct.unpack_from("<qq", data, 80) == (1_700_000_000, 250_000_000)
+    assert data[96:112] == bytes.fromhex("5254001234560000525400aabbcc0000")
+    assert len(data) == 96 + 16 * MAX_NICS
     with pytest.raises(ValueError, match="64"):
-        first_program.standard_input(b"", 0.0, [])
+        first_program.order(b"mark", b"", 0.0, {})
+
+
+def test_answers_to_others_are_passed_over() -> None:
+    mine = b"mine" + bytes(2 + MAX_NICS)
+    assert first_program.results(REFUSED + mine, b"mine", 1) == [0, 0, 0]
+    assert first_program.results(REFUSED + mine[:-1], b"mine", 1) is None
 
 
 # ── the scripts ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -186,7 +243,8 @@ def test_every_shell_can_read_them(macs: dict[str, str], shell: str) -> None:
     who = Identity(id=VM, hostname="twin", macs=macs)
     steps = identity_scripts.rest(who)
     assert tuple(step.what for step in steps) == REST
-    texts = [identity_scripts.first(macs, "ab"), identity_scripts.fallback(macs, NOW)]
+    texts = [identity_scripts.first("ab"), identity_scripts.prepare("/run/x y", "ab")]
+    texts.append(identity_scripts.fallback(macs, NOW))
     texts += [text for step in steps for text in (step.script, identity_scripts.bounded(step))]
     for text in texts:
         assert not [word for word in text.split() if word.startswith("@") and word.endswith("@")]
@@ -208,47 +266,111 @@ def test_nothing_gets_into_a_script_that_does_not_fit(bad: dict[str, object]) ->
 
 
 async def test_one_command_does_it(guest: Guest, identities: AgentIdentities) -> None:
-    guest.says(b"M\0\0\0")
+    guest.answers(0, 0, 0)
     report = await identities.first(VM, guest.runtime, WHO)
     assert report == tuple(IdentityItem(trait, True) for trait in FIRST)
     option, script = guest.was_told(0)
     assert option == "-c"
-    assert f"{OLD} | {NEW}" in script
     given = guest.was_given(0)
-    assert given == first_program.standard_input(given[8:72], NOW, [NEW])
-    assert given[8:72].hex() not in script
+    assert given == first_program.order(given[4:8], given[16:80], NOW, WHO.macs)
+    assert given[16:80].hex() not in script
     assert guest.runs == 1
     await identities.first(VM, guest.runtime, WHO)
-    assert guest.was_given(1)[8:72] != given[8:72]
+    assert guest.was_given(1)[16:80] != given[16:80]
 
 
 async def test_what_the_kernel_refused_is_said(guest: Guest, identities: AgentIdentities) -> None:
-    guest.says(bytes([77, errno.EPERM, 0, errno.ENODEV]))
+    guest.answers(errno.EPERM, 0, errno.EBUSY)
     report = await identities.first(VM, guest.runtime, WHO)
     assert why(report, Trait.RANDOM) == (False, "Operation not permitted")
     assert why(report, Trait.CLOCK) == (True, "")
-    assert why(report, Trait.MAC) == (False, f"{NEW}: No such device")
+    assert why(report, Trait.MAC) == (False, f"{NEW}: Device or resource busy")
 
 
 async def test_a_guest_that_executes_no_files_uses_what_it_has(guest: Guest, identities: AgentIdentities) -> None:
     guest.says(b"", b"F 0 0 1")
     report = await identities.first(VM, guest.runtime, WHO)
     assert why(report, Trait.RANDOM) == (True, "")
-    assert why(report, Trait.MAC) == (False, f"{NEW}: no program in the guest can do it")
+    assert why(report, Trait.MAC) == (False, f"{NEW}: no NIC that can be changed has {OLD}")
     assert "perl" in guest.was_told(1)[1]
-    assert guest.was_given(1)[8:72] != guest.was_given(0)[8:72]
+    assert f"{OLD} | {NEW}" in guest.was_told(1)[1]
+    assert guest.was_given(1)[16:80] != guest.was_given(0)[16:80]
+
+
+@pytest.mark.parametrize(("said", "done"), [(b"F 0 0 0", True), (b"F 0 0 1", False), (b"what?", False)])
+async def test_a_nic_that_the_program_does_not_find_is_looked_for(
+    guest: Guest, identities: AgentIdentities, said: bytes, done: bool
+) -> None:
+    guest.answers(errno.EPERM, 0)
+    (guest.directory / "marked.1").unlink()
+    (guest.directory / "answer.1").write_bytes(said)
+    report = await identities.first(VM, guest.runtime, WHO)
+    assert why(report, Trait.MAC)[0] is done
+    assert why(report, Trait.RANDOM) == (False, "Operation not permitted")
+
+
+@needs_x86
+async def test_a_prepared_guest_and_its_copies_start_no_process(
+    guest: Guest, identities: AgentIdentities, executable: Path, tmp_path: Path
+) -> None:
+    assert not await identities.prepare(VM, guest.runtime)
+    with waiting(executable, tmp_path / "room"):
+        assert await identities.prepare(VM, guest.runtime)
+        runs, opened = guest.runs, guest.server.open_handles
+        # A copy's agent has the handles of its original's: here it is the same one.
+        copy = Identity(id="copy", parent_id=VM)
+        for who in (copy, copy, Identity(id="copy-of-a-copy", parent_id="copy")):
+            report = await identities.first(who.id, guest.runtime, who)
+            assert why(report, Trait.RANDOM) == (False, "Operation not permitted")
+        assert (guest.runs, guest.server.open_handles) == (runs, opened)
+        assert await identities.prepare("copy", guest.runtime)
+        guest.server.forget()  # as in a copy that was made before its original was prepared
+        await identities.first("another", guest.runtime, Identity(id="another", parent_id=VM))
+        assert guest.runs == runs
+    guest.answers(0, 0)
+    report = await identities.first("orphan", guest.runtime, Identity(id="orphan", parent_id=VM))
+    assert (guest.runs, why(report, Trait.RANDOM)[0]) == (runs + 1, True)
+
+
+async def test_a_program_that_waits_and_does_not_answer_is_not_waited_for(
+    guest: Guest, identities: AgentIdentities, tmp_path: Path
+) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    os.mkfifo(room / "in")
+    (room / "out").write_bytes(REFUSED)  # of an order before
+    reader = os.open(room / "in", os.O_RDWR)
+    try:
+        assert await identities.prepare(VM, guest.runtime)
+        guest.answers(0, 0, 0)
+        report = await identities.first(VM, guest.runtime, WHO)
+    finally:
+        os.close(reader)
+    assert all(item.done for item in report)
+
+
+async def test_guests_are_prepared_when_their_agents_have_come_up(guest: Guest) -> None:
+    guests = AgentGuests()
+    identities = AgentIdentities(guests, room=str(guest.directory / "room"), settle_s=0.01)
+    async with identities.running():
+        guests.port_changed(VM, guest.runtime, opened=True)
+        async with asyncio.timeout(20):
+            while not guest.runs:
+                await asyncio.sleep(0.01)
+        assert "mkfifo" in guest.was_told(0)[1]
+        guests.port_changed("b", guest.runtime, opened=True)
+    await guests.close()
 
 
 @pytest.mark.parametrize(
-    "answer", [b"", b"M", b"M" * 40, b"F 0", b"F x y z", b"F 1 1 1111", b"\xff" * 30_000, b"\n \n"]
+    "answer", [b"", b"M", b"M" * 38, b"F 0", b"F x y z", b"F 1 1 1111", b"\xff" * 30_000, b"\n \n"]
 )
 async def test_nonsense_is_not_believed(guest: Guest, identities: AgentIdentities, answer: bytes) -> None:
     guest.says(answer, status=3, error=b"first\n\x1b[31mlast\x07\n\n")
     report = await identities.first(VM, guest.runtime, WHO)
     assert [item.what for item in report] == list(FIRST)
-    assert {(item.done, item.why) for item in report} == {
-        (False, "the guest could not run what Mica gave it ([31mlast)")
-    }
+    expected = (False, "the guest could not run what Mica gave it ([31mlast)")
+    assert (why(report, Trait.RANDOM), why(report, Trait.MAC)) == (expected, expected)
 
 
 async def test_an_answer_without_end_is_cut_off(guest: Guest, identities: AgentIdentities) -> None:
@@ -262,9 +384,11 @@ async def test_an_answer_without_end_is_cut_off(guest: Guest, identities: AgentI
 @pytest.mark.parametrize("command", ["guest-exec", "guest-exec-status"])
 async def test_a_broken_agent_is_a_report(guest: Guest, command: str, how: Misbehaviour) -> None:
     guests = AgentGuests()
-    guest.says(b"M\0\0\0")
+    guest.answers(0, 0, 0)
     guest.server.misbehave(command, how)
-    report = await AgentIdentities(guests, first_timeout_s=0.5).first(VM, guest.runtime, WHO)
+    report = await AgentIdentities(guests, first_timeout_s=0.5, room=str(guest.directory / "room")).first(
+        VM, guest.runtime, WHO
+    )
     assert tuple(item.what for item in report) == FIRST
     assert all(item.done or item.why for item in report)
     assert why(report, Trait.RANDOM)[0] is why(report, Trait.MAC)[0] is (how is Misbehaviour.UNASKED)
@@ -272,7 +396,7 @@ async def test_a_broken_agent_is_a_report(guest: Guest, command: str, how: Misbe
 
 
 async def test_a_guest_that_is_frozen_thaws(guest: Guest, identities: AgentIdentities) -> None:
-    guest.says(b"M\0\0\0")
+    guest.answers(0, 0, 0)
     guest.server.frozen = True
     assert all(item.done for item in await identities.first(VM, guest.runtime, WHO))
     assert not guest.server.frozen
@@ -290,7 +414,7 @@ async def test_where_commands_are_forbidden_the_clock_is_set(guest: Guest, ident
 
 async def test_without_an_agent_nothing_is_done(tmp_path: Path, guest: Guest) -> None:
     guests = AgentGuests()
-    identities = AgentIdentities(guests, first_timeout_s=0.3)
+    identities = AgentIdentities(guests, first_timeout_s=0.3, room=str(tmp_path / "room"))
     none = msgspec.structs.replace(guest.runtime, spec=msgspec.structs.replace(guest.runtime.spec, agent=False))
     gone = msgspec.structs.replace(guest.runtime, run_dir=str(tmp_path / "gone"))
     for vm_id, runtime in (("a", none), ("b", gone)):

@@ -1,25 +1,34 @@
 """The first program that a copied machine runs: a few hundred bytes that any x86-64 Linux executes at once.
 
-A fork has its parent's random generator, clock and MAC addresses, and a shell would need a process for each of them;
-most guests have none at all that reseeds the generator: writing to ``/dev/urandom`` mixes the bytes in, but takes
-effect up to minutes later. ``RNDADDENTROPY`` and then ``RNDRESEEDCRNG`` take effect at once (random(4)). The program
-is one static ELF file (elf(5)) of one segment; its machine code is in ``first_program.lst``.
+A copy has its original's random generator, clock and MAC addresses. A shell would need a process for each, and most
+guests have no program that reseeds the generator: writing to ``/dev/urandom`` mixes bytes in, which takes effect up to
+minutes later; ``RNDADDENTROPY`` and then ``RNDRESEEDCRNG`` take effect at once (random(4)). The program is one static
+ELF file (elf(5)) of one segment; its machine code is in ``first_program.lst``.
 
-It removes the file that it was started from, adds entropy, reseeds, sets the clock, and sets the MAC address of each
-interface that its arguments name.
+It removes the file that it was started from, then reads an order: adds entropy, reseeds, sets the clock, and gives
+every virtio NIC that has an old MAC address, or the new one already, the new one. Without arguments it ends then. With
+one argument it waits for the next order: so it waits in a machine that may be copied, and a copy need not start any
+program, which is what takes longest there.
 
-    standard input:   struct rand_pool_info with 64 bytes (72) | struct timespec (16) | MAC addresses, 8 bytes each
-    standard output:  "M", then one byte each for the generator, the clock, and every argument: 0 or an errno
+    order:   "idty" | mark (4) | struct rand_pool_info with 64 bytes (72) | struct timespec (16)
+             | 32 times a MAC address and its new one (8 each)
+    answer:  the order's mark (4) | one byte each for the generator, the clock and the 32 NICs: 0, an errno, or 255
+             for not found
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from mica.model.identity import MAX_NICS
+
 SEED_SIZE = 64
-MARK = b"M"
+NOT_FOUND = 255
+MARK_SIZE = 4
+ANSWER_SIZE = MARK_SIZE + 2 + MAX_NICS
 
 _LOAD_ADDRESS = 0x40_0000
 _HEADERS = 64 + 56
@@ -51,19 +60,21 @@ def octal() -> str:
     return "".join(chr(byte) if chr(byte).isalnum() and byte < 128 else f"\\{byte:03o}" for byte in program())
 
 
-def standard_input(seed: bytes, unix_time_s: float, macs: list[str]) -> bytes:
-    """What it reads: ``seed`` of 64 bytes, the time, and a MAC address for each argument."""
-    if len(seed) != SEED_SIZE:
-        raise ValueError(f"a seed has {SEED_SIZE} bytes")
+def order(mark: bytes, seed: bytes, unix_time_s: float, macs: Mapping[str, str]) -> bytes:
+    """What it reads: a mark of 4 bytes, a seed of 64, the time, and MAC addresses, old → new."""
+    if len(seed) != SEED_SIZE or len(mark) != MARK_SIZE:
+        raise ValueError(f"a seed has {SEED_SIZE} bytes, a mark {MARK_SIZE}")
     seconds = int(unix_time_s)
-    fraction = int((unix_time_s - seconds) * 1e9)
     entropy = struct.pack("<II", SEED_SIZE * 8, SEED_SIZE) + seed
-    addresses = b"".join(bytes.fromhex(mac.replace(":", "")) + bytes(2) for mac in macs)
-    return entropy + struct.pack("<qq", seconds, fraction) + addresses
+    time = struct.pack("<qq", seconds, int((unix_time_s - seconds) * 1e9))
+    addresses = b"".join(bytes.fromhex(mac.replace(":", "")) + bytes(2) for pair in macs.items() for mac in pair)
+    return b"idty" + mark + entropy + time + addresses.ljust(MAX_NICS * 16, b"\0")
 
 
-def results(answer: bytes, arguments: int) -> list[int] | None:
-    """What it answered: an errno or 0 for the generator, the clock, and each argument; ``None``: it did not run."""
-    if len(answer) != len(MARK) + 2 + arguments or not answer.startswith(MARK):
-        return None
-    return list(answer[len(MARK) :])
+def results(answers: bytes, mark: bytes, nics: int) -> list[int] | None:
+    """What it answered to the order with that mark, for the generator, the clock and each NIC; ``None``: nothing."""
+    for start in range(0, len(answers) - ANSWER_SIZE + 1, ANSWER_SIZE):
+        answer = answers[start : start + ANSWER_SIZE]
+        if answer.startswith(mark):
+            return list(answer[MARK_SIZE : MARK_SIZE + 2 + nics])
+    return None

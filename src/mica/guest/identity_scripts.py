@@ -13,6 +13,7 @@ import msgspec
 from mica.guest import first_program
 from mica.model.identity import Identity, Trait
 
+NAME = "mica-identity"
 # Where a guest may let a file be executed; /run often does not (mount option noexec).
 DIRECTORIES = ("/dev/shm", "/run", "/tmp", "/root")  # noqa: S108 - in the guest; the name is random, and the file new
 TIMED_OUT = (124, 137, 143)
@@ -28,15 +29,36 @@ for p in /sys/class/net/*; do
 done
 """
 
-_FIRST = """\
+# The file is new, or it is not written to; the program removes it.
+_WRITE = """\
 umask 077
 set -C
 for d in @DIRECTORIES@; do
-  f=$d/.mica-@TOKEN@
-  [ -d $d ] && printf '@PROGRAM@' >$f && chmod 700 $f && $f @NAMES@ && exit 0
+  f=$d/@NAME@-@TOKEN@
+  [ -d $d ] && printf '@PROGRAM@' >$f && chmod 700 $f && @RUN@
   [ -e $f ] && rm -f $f
 done 2>/dev/null
 exit 1
+"""
+
+_ONCE = "$f && exit 0"
+
+_WAIT = """\
+D=@ROOM@
+if [ -p "$D/in" ] && read -r p <"$D/pid" && read -r c </proc/$p/comm; then
+  case $c in @NAME@*) exit 0 ;; esac
+fi 2>/dev/null
+rm -rf "$D"
+mkdir -m 700 "$D" && mkfifo -m 600 "$D/in" && : >"$D/out" || exit 1
+started() {
+  $f wait <>"$D/in" >>"$D/out" 2>/dev/null &
+  p=$!
+  while [ -e $f ]; do
+    kill -0 $p || return 1
+    sleep 0.02
+  done
+  echo $p >"$D/pid"
+}
 """
 
 _FALLBACK = """\
@@ -52,12 +74,12 @@ printf 'F %s %s' $r $?
 """
 
 _PERL = """\
-sysread(STDIN, $b, 72) == 72 && open(F, ">", "/dev/urandom") && ioctl(F, 0x40085203, $b) && ioctl(F, 0x5207, 0)
-  or exit 1"""
+sysread(STDIN, $b, 608) == 608 && open(F, ">", "/dev/urandom")
+  && ioctl(F, 0x40085203, $b = substr($b, 8, 72)) && ioctl(F, 0x5207, 0) or exit 1"""
 _PYTHON = """\
 import fcntl, sys
 with open("/dev/urandom", "wb", 0) as f:
-    fcntl.ioctl(f, 0x40085203, sys.stdin.buffer.read(72))
+    fcntl.ioctl(f, 0x40085203, sys.stdin.buffer.read(608)[8:80])
     fcntl.ioctl(f, 0x5207, 0)"""
 
 _SET = """\
@@ -87,15 +109,23 @@ def _fill(script: str, values: Mapping[str, str]) -> str:
     return script
 
 
-def first(macs: Mapping[str, str], token: str) -> str:
-    """The program of :mod:`mica.guest.first_program` is written and started, with its input on standard input."""
-    arguments = " ".join(f'"${name}"' for name in _names(macs))
-    values = {"DIRECTORIES": " ".join(DIRECTORIES), "TOKEN": token, "NAMES": arguments}
-    return _find(macs) + _fill(_FIRST, {**values, "PROGRAM": first_program.octal()})
+def _write(token: str, run: str) -> str:
+    values = {"DIRECTORIES": " ".join(DIRECTORIES), "NAME": NAME, "TOKEN": token, "RUN": run}
+    return _fill(_WRITE, {**values, "PROGRAM": first_program.octal()})
+
+
+def first(token: str) -> str:
+    """Write the program of :mod:`mica.guest.first_program` and start it, with its order on standard input."""
+    return _write(token, _ONCE)
+
+
+def prepare(room: str, token: str) -> str:
+    """Have the program wait for orders at the FIFO ``in`` of the directory ``room``, with its answers in ``out``."""
+    return _fill(_WAIT, {"ROOM": shlex.quote(room), "NAME": NAME}) + _write(token, "started && exit 0")
 
 
 def fallback(macs: Mapping[str, str], unix_time_s: float) -> str:
-    """The same, from the same input, with what the guest has: for one that lets no file be executed."""
+    """What the program does, by what the guest has: for one that lets no file be executed. Input: the same order."""
     values = {"PERL": shlex.quote(_PERL), "PYTHON": shlex.quote(_PYTHON), "TIME": str(round(unix_time_s))}
     sets = [_fill(_SET, {"NAME": name, "NEW": new}) for name, new in zip(_names(macs), macs.values(), strict=True)]
     return _find(macs) + _fill(_FALLBACK, values) + "".join(sets)

@@ -10,7 +10,12 @@ from mica.model.vm import VmRuntime
 
 class Identities(Protocol):
     """Speaks with the system in the guest, whose answers are hostile input. What could not be done is an item of the
-    report, never an error. Both verbs may be repeated."""
+    report, never an error. All verbs may be repeated."""
+
+    async def prepare(self, vm_id: str, runtime: VmRuntime) -> bool:
+        """Have what ``first`` needs wait in a machine that may be copied: its copies become others sooner then, by a
+        tenth of a second and more where the processor is emulated. Returns whether it waits there, at once when that
+        is known. Never needed."""
 
     async def first(self, vm_id: str, runtime: VmRuntime, identity: Identity) -> Report:
         """What must differ before any command runs in the guest and any packet leaves it: random numbers, MAC

@@ -15,24 +15,30 @@ PATIENCE_S = 15.0
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """One call: ``verb`` is ``first`` or ``rest``."""
+    """One call: ``verb`` is ``prepare``, ``first`` or ``rest``; ``prepare`` has no identity."""
 
     verb: str
     vm_id: str
-    identity: Identity
+    identity: Identity | None = None
 
 
 class SimulatedIdentities:
     """On a simulated host. ``asked`` has every call in order, ``refused`` what guests do not change, and why.
 
     A guest without an agent that answers changes nothing. To fail, hold up or never answer, arm
-    ``world.faults`` for ``identity.first`` or ``identity.rest``.
+    ``world.faults`` for ``identity.prepare``, ``identity.first`` or ``identity.rest``.
     """
 
     def __init__(self, world: SimulatedHost) -> None:
         self._world = world
         self.asked: list[Asked] = []
         self.refused: dict[Trait, str] = {}
+
+    async def prepare(self, vm_id: str, runtime: VmRuntime) -> bool:
+        async with self._world.faults.around("identity.prepare"):
+            self.asked.append(Asked("prepare", vm_id))
+            process = self._world.processes.get(vm_id)
+            return runtime.spec.agent and process is not None and process.agent is AgentState.READY
 
     async def first(self, vm_id: str, runtime: VmRuntime, identity: Identity) -> Report:
         return await self._change("first", FIRST, vm_id, runtime, identity)
