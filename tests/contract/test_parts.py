@@ -36,6 +36,8 @@ class Stand(Protocol):
     def make(self, name: str, content: str = "content") -> Path:
         """A finished file outside the parts."""
 
+    def put(self, path: Path, content: str) -> None: ...
+
     def exists(self, path: Path) -> bool: ...
 
     def read(self, part_id: str) -> str: ...
@@ -50,8 +52,11 @@ class SimulatedStand:
 
     def make(self, name: str, content: str = "content") -> Path:
         path = Path("/simulated/made") / name
-        self.world.storage.put(path, [content])
+        self.put(path, content)
         return path
+
+    def put(self, path: Path, content: str) -> None:
+        self.world.storage.put(path, [content])
 
     def exists(self, path: Path) -> bool:
         return path in self.world.storage.there
@@ -71,8 +76,11 @@ class DirectoryStand:
 
     def make(self, name: str, content: str = "content") -> Path:
         path = self.made / name
-        path.write_text(content)
+        self.put(path, content)
         return path
+
+    def put(self, path: Path, content: str) -> None:
+        path.write_text(content)
 
     def exists(self, path: Path) -> bool:
         return path.exists()
@@ -152,6 +160,21 @@ async def test_what_is_kept_again_counts(stand: Stand) -> None:
     await stand.parts.keep(PART, stand.make("a", "second"))
     assert stand.read(PART) == "second"
     assert await stand.parts.present() == {PART}
+
+
+async def test_what_is_in_a_scratch_directory_is_kept_or_dropped(stand: Stand) -> None:
+    directory = await stand.parts.scratch("one")
+    assert await stand.parts.scratch("one") == directory
+    assert await stand.parts.scratch("two") != directory
+    for name in ("a", "b"):
+        stand.put(directory / name, "content")
+    await stand.parts.keep(PART, directory / "a")
+    assert stand.exists(directory / "b")
+    assert await stand.parts.present() == {PART}
+    for _ in range(2):
+        await stand.parts.drop_scratch("one")
+    assert not stand.exists(directory / "b")
+    assert stand.read(PART) == "content"
 
 
 async def test_a_seal_tells_contents_apart_and_is_the_same_again(stand: Stand) -> None:
@@ -345,6 +368,8 @@ async def test_an_id_cannot_lead_out_of_the_directory(parts: DirectoryParts, nam
         parts.path(name)
     assert caught.value.code is Code.INVALID
     await refused(Code.INVALID, parts.remove(name))
+    await refused(Code.INVALID, parts.scratch(name))
+    await refused(Code.INVALID, parts.drop_scratch(name))
 
 
 async def test_what_a_killed_daemon_left_is_there_for_the_reaper(parts: DirectoryParts, tmp_path: Path) -> None:

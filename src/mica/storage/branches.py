@@ -65,7 +65,9 @@ class DirectoryBranches:
         self._qemu_img = QemuImg(qemu_img)
 
     async def disks(self, vm_id: str) -> set[str]:
-        return self._layout.disks(self._layout.directory(vm_id))
+        directory = self._layout.directory(vm_id)
+        with naming(directory):
+            return {disk for disk, _ in self._layout.volumes(directory)}
 
     async def freeze(self, vm_id: str, disk: DiskSpec, part_id: str) -> None:
         """See the protocol. Raises ``not-found``, ``corrupt``; ``host-lacks`` where files cannot have two names;

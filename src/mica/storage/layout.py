@@ -104,11 +104,14 @@ class Layout:
             return Record(DiskFormat.QCOW2)
         return found
 
-    def disks(self, directory: Path) -> set[str]:
-        """Every disk that has a file."""
-        with naming(directory):
-            names = sorted(os.listdir(directory)) if directory.exists() else []
-        return {_disk(match["stem"]) for name in names if (match := _GENERATION.fullmatch(name))}
+    def volumes(self, directory: Path) -> Iterator[tuple[str, Path]]:
+        """Every disk that has a file, with it. Raises ``corrupt``."""
+        for name in sorted(os.listdir(directory)) if directory.exists() else []:
+            if match := _GENERATION.fullmatch(name):
+                disk = _disk(match["stem"])
+                record = self.find(directory, disk)
+                if record is not None and self.file(directory, disk, record).name == name:
+                    yield disk, directory / name
 
     def staged(self, directory: Path) -> Iterator[tuple[str, Record]]:
         """Every disk for which a file is staged, with its record. Raises ``corrupt``."""

@@ -3,6 +3,7 @@
     ROOT/<part>               the file: the daemon's own and read-only, once it is kept or sealed
     ROOT/<part>.layer.json    for a disk's layer, what it was made as (:mod:`mica.storage.layout`)
     ROOT/.<part>.tmp          a file that is being copied here
+    ROOT/.scratch/<name>/     files on their way to be parts, on the same file system
 
 Only the daemon may enter the directory: parts hold what guests had in memory and on disk. A machine is shown the files
 that it needs by its jail.
@@ -47,7 +48,10 @@ _ZEROES: Final = bytes(_BLOCK)
 # More threads gain nothing on blocks of this size.
 _THREADS: Final = 2
 _REPORTS: Final = 100
-_NAME: Final = re.compile(r"\.?(?P<part>[A-Za-z0-9][A-Za-z0-9_-]{0,127})(?:\.layer\.json(?:\.tmp)?|\.tmp)?")
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+_FILE: Final = re.compile(
+    rf"(?P<part>{_ID.pattern})(?:\.layer\.json)?|\.(?P<unfinished>{_ID.pattern})(?:\.layer\.json)?\.tmp"
+)
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error: the work was asked to stop
@@ -65,16 +69,22 @@ class DirectoryParts:
         return part_path(self._root, part_id)
 
     async def scratch(self, name: str) -> Path:
-        directory = part_path(_scratch(self._root), name)
+        directory = self._scratch(name)
         with naming(directory):
+            make_parts_directory(self._root)
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return directory
 
     async def drop_scratch(self, name: str) -> None:
-        directory = part_path(_scratch(self._root), name)
+        directory = self._scratch(name)
         with naming(directory):
             if directory.exists():
                 await in_thread(shutil.rmtree, directory)
+
+    def _scratch(self, name: str) -> Path:
+        if not _ID.fullmatch(name):
+            raise invalid(f"{name!r} cannot be the name of a directory for parts")
+        return self._root / ".scratch" / name
 
     async def keep(self, part_id: str, source: Path) -> None:
         """See the protocol. Raises ``corrupt`` too: ``source`` is not a file of its own."""
@@ -134,17 +144,13 @@ class DirectoryParts:
         with naming(self._root):
             if not self._root.exists():
                 return set()
-            return {match["part"] for entry in os.listdir(self._root) if (match := _NAME.fullmatch(entry))}
-
-
-def _scratch(root: Path) -> Path:
-    """Beside the parts, so that keeping a file is renaming it."""
-    return root.with_name(f"{root.name}.scratch")
+            found = (_FILE.fullmatch(entry) for entry in os.listdir(self._root))
+            return {match["part"] or match["unfinished"] for match in found if match}
 
 
 def part_path(root: Path, part_id: str) -> Path:
     """Raises ``invalid``."""
-    if "." in part_id or not _NAME.fullmatch(part_id):
+    if not _ID.fullmatch(part_id):
         raise invalid(f"{part_id!r} cannot be the id of a part")
     return root / part_id
 

@@ -17,6 +17,7 @@ from mica.ports.volumes import Volume
 
 POOL: Final = Path("/simulated/volumes")
 PARTS: Final = Path("/simulated/parts")
+SCRATCH: Final = Path("/simulated/scratch")
 
 
 _NONE: Final = Bytes(0)
@@ -66,6 +67,11 @@ class SimulatedFiles:
         """Take away a name, and with the last one the file. Returns the bytes that are free now."""
         file = self.there.pop(path, None)
         return 0 if file is None or file in self.there.values() else file.allocated
+
+    @property
+    def scratch(self) -> set[str]:
+        """Names of directories in which there are files on their way to be parts."""
+        return {path.parent.name for path in self.there if path.parent.parent == SCRATCH}
 
     @property
     def parts(self) -> dict[str, SimulatedFile]:

@@ -15,7 +15,7 @@ from mica.model.vm import NVRAM, DiskSpec
 from mica.ports.parts import Seal
 from mica.ports.volumes import Volume
 from mica.storage.chain import MAX_CHAIN
-from mica.testing.simulated_files import PARTS, POOL, SimulatedFile
+from mica.testing.simulated_files import PARTS, POOL, SCRATCH, SimulatedFile
 from mica.testing.simulated_world import SimulatedHost
 
 _ALLOCATED = MIB
@@ -171,7 +171,7 @@ class SimulatedBranches:
 
 
 class SimulatedParts:
-    """:class:`mica.ports.parts.Parts`. What is to be kept is put into ``world.storage.there`` by who makes it."""
+    """:class:`mica.ports.parts.Parts`. What is to be kept is put into ``world.storage`` by who makes it."""
 
     def __init__(self, world: SimulatedHost) -> None:
         self._world = world
@@ -182,12 +182,13 @@ class SimulatedParts:
         return PARTS / part_id
 
     async def scratch(self, name: str) -> Path:
-        return Path("/simulated/scratch") / name
+        async with self._faults.around("parts.scratch"):
+            return SCRATCH / name
 
     async def drop_scratch(self, name: str) -> None:
         async with self._faults.around("parts.drop_scratch"):
-            for path in [p for p in self._files.there if p.parent == Path("/simulated/scratch") / name]:
-                self._files.remove(path)
+            for path in [path for path in self._files.there if path.parent == SCRATCH / name]:
+                self._world.disk_free += self._files.remove(path)
 
     async def keep(self, part_id: str, source: Path) -> None:
         async with self._faults.around("parts.keep"):

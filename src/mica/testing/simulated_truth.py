@@ -138,6 +138,7 @@ def _left_over(
     found += [f"slice {vm_id} of nobody" for vm_id in world.slices.keys() - live]
     found += [f"slice {vm_id} is gone" for vm_id in live - world.slices.keys()]
     found += [f"volumes of {vm_id}, which does not exist" for vm_id in world.volumes.keys() - vms.keys()]
+    found += [f"files of {name} that were on their way to be parts" for name in world.storage.scratch]
     found += [f"disks staged for {vm_id}, which are nobody's" for vm_id in world.storage.staged]
     found += [f"logs of {vm_id}, which does not exist" for vm_id in world.logs - vms.keys()]
     found += [f"remains of {vm_id}" for vm_id in world.remains.keys() - live]
