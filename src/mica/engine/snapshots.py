@@ -32,6 +32,23 @@ def origin_of(env: Env, snapshot: Snapshot) -> Origin | None:
     )
 
 
+async def until(env: Env, snapshot_id: str, state: SnapshotState) -> Snapshot:
+    """The snapshot as soon as it has come to ``state`` or beyond. Raises ``not-found`` when it could not be taken."""
+    order = list(SnapshotState)
+    while True:
+        revision = await env.records.store.revision()
+        row = await env.records.snapshots.get(snapshot_id)
+        if row is None:
+            raise MicaError(
+                Code.NOT_FOUND,
+                "the state that it was to begin at could not be taken, or is deleted",
+                hint="`mica operation list` says why",
+            )
+        if order.index(row.value.state) >= order.index(state):
+            return row.value
+        await env.records.store.wait(revision)
+
+
 async def put_parts(env: Env, draft: Draft, parts: list[Part]) -> None:
     """Rows before files, so that the reaper knows a file's row whenever it sees the file. Those that are there stay."""
     for part in parts:
@@ -133,7 +150,7 @@ async def forget_fork_points(env: Env) -> None:
     """The moment at which forks began is of no more use once they have all begun."""
     for id_, row in (await env.records.snapshots.scan()).items():
         snapshot = row.value
-        if snapshot.kind is not SnapshotKind.FORK or snapshot.state is SnapshotState.TAKING:
+        if snapshot.kind is not SnapshotKind.FORK or snapshot.state in (SnapshotState.TAKING, SnapshotState.FROZEN):
             continue
         if await in_use(env, id_) is not None:
             continue

@@ -55,10 +55,12 @@ class SnapshotKind(StrEnum):
 
 
 class SnapshotState(StrEnum):
-    """``taking``: the machine is being captured. ``saving``: captured and usable, its parts are being written and
-    checksummed. ``complete``: every part is on disk with its checksum."""
+    """``taking``: the machine is about to be captured. ``frozen``: its disks are layers and its RAM is an image, so
+    that copies can be got ready, and wait for the state of its devices. ``saving``: captured and usable, its parts are
+    being written and checksummed. ``complete``: every part is on disk with its checksum."""
 
     TAKING = "taking"
+    FROZEN = "frozen"
     SAVING = "saving"
     COMPLETE = "complete"
 
@@ -83,7 +85,8 @@ class MemoryState(msgspec.Struct, frozen=True, kw_only=True):
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A machine at one moment. ``disks`` maps each disk (and the UEFI variables) to its layer. ``memory`` is ``None``
-    when the machine was stopped or its memory was not wanted. ``parent`` is the snapshot that it descends from."""
+    when the machine was stopped or its memory was not wanted. ``parent`` is the snapshot that it descends from.
+    ``quiesced``: the guest had frozen its file systems."""
 
     id: str
     vm_id: str
@@ -100,6 +103,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
     protected: bool = False
     pause_s: float | None = None
+    quiesced: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ import msgspec
 
 from mica.engine.definition import Context, Proposal, Step
 from mica.engine.operations.placing import free_name, free_slot
-from mica.engine.snapshots import need_whole
-from mica.model.errors import Code, MicaError, invalid, not_found
+from mica.engine.snapshots import need_whole, until
+from mica.model.errors import invalid, not_found
 from mica.model.mac import mac_address
 from mica.model.snapshot import Snapshot, SnapshotKind, SnapshotState
 from mica.model.views import VmCreate
@@ -89,22 +89,9 @@ def _nic(vm_id: str, nic: NicSpec) -> NicSpec:
 
 
 async def origin(context: Context) -> None:
-    """Wait until the state is there, which may be just being taken; the new VM lies over its layers from then on."""
-    env, id_ = context.env, context.operation.params["snapshot"]
-    while True:
-        revision = await env.records.store.revision()
-        row = await env.records.snapshots.get(id_)
-        if row is None:
-            raise MicaError(
-                Code.NOT_FOUND,
-                f"the state that {context.operation.target_name} was to begin at could not be taken, or is deleted",
-                hint="`mica operation list` says why",
-            )
-        if row.value.state is not SnapshotState.TAKING:
-            break
-        await env.records.store.wait(revision)
-    disks = row.value.disks
-    await env.records.vms.update(context.vm_id, lambda vm: replace(vm, layers=disks))
+    """Wait until the disks are frozen, which may be just being done; the new VM lies over those layers from then on."""
+    snapshot = await until(context.env, context.operation.params["snapshot"], SnapshotState.FROZEN)
+    await context.env.records.vms.update(context.vm_id, lambda vm: replace(vm, layers=snapshot.disks))
 
 
 ORIGIN = Step("origin", origin, words="waiting for the state that it begins at")

@@ -1,8 +1,8 @@
 """``snapshot.create``: the whole machine at one moment, while it runs, is paused or stopped.
 
-    look ──► freeze ──► spare ──► hold ──► go on ──► keep ──► save ──► finish
-             disks get   (1)     paused    running   usable   on disk, with checksums
-             new layers
+    look ──► freeze ──► spare ──► quiesce ──► hold ──► go on ──► thaw ──► keep ──► save ──► finish
+             disks get   (1)      guest's    paused    running            usable   on disk, with checksums
+             new layers           file systems
 
 A machine whose RAM is its own (1) goes on as a private child of it: a second QEMU is started beside it, waiting, and
 takes over while the first one is paused. One that is such a child already stays where it is, and what it changed since
@@ -17,10 +17,12 @@ from typing import Any
 import msgspec
 
 from mica.engine.definition import Context, Definition, Env, Proposal, Step, from_plain
+from mica.engine.operations import quiescing
+from mica.engine.operations.quiescing import check_can_freeze
 from mica.engine.operations.starting import plan_launch
 from mica.engine.records import Claim, Draft
 from mica.engine.snapshots import part_id, put_parts
-from mica.model.errors import Code, MicaError, invalid
+from mica.model.errors import Code, MicaError
 from mica.model.image import Firmware
 from mica.model.snapshot import MachineBuild, MemoryState, Part, PartKind, Snapshot, SnapshotKind, SnapshotState
 from mica.model.transitions import LIVE, VmVerb
@@ -78,8 +80,8 @@ async def plan(proposal: Proposal) -> None:
         raise MicaError(
             Code.EXISTS, f"VM {vm.name} has a snapshot {name} already", hint="choose another name, or delete that one"
         )
-    if body.quiesce and not vm.spec.agent:
-        raise invalid(f"VM {vm.name} has no guest agent that could freeze its file systems", hint="leave --quiesce out")
+    if body.quiesce:
+        check_can_freeze(proposal, vm)
     # The row is written anew each time, so that no two snapshots of a VM can have the same id.
     id_ = str(uuid.uuid5(uuid.UUID(vm.id), f"snapshot/{proposal.vm.generation}"))
     proposal.draft.put(env.records.vms, vm.id, vm, proposal.vm.generation)
@@ -261,13 +263,15 @@ async def undo_freeze(context: Context) -> None:
 async def spare(context: Context) -> VmRuntime | None:
     """A second machine on the frozen RAM, waiting for the state of the first."""
     found = context.output("look", Look)
+    env, snapshot, status = context.env, await _snapshot(context), await _status(context)
+    if found.own and status.runtime is not None and snapshot.memory is not None:
+        await env.ram.hold(status.runtime, snapshot.memory.ram)
+    await _frozen(context, status.runtime if found.memory else None)
     if not found.own:
         return None
-    env, snapshot, status = context.env, await _snapshot(context), await _status(context)
     vm = (await env.records.vms.need(context.vm_id)).value
     assert status.runtime is not None
     assert snapshot.memory is not None
-    await env.ram.hold(status.runtime, snapshot.memory.ram)
     directory = await env.parts.scratch(snapshot.id)
     staged = {v.name: v for v in context.output("freeze", list[Volume])}
     waiting = Origin(
@@ -287,6 +291,18 @@ async def spare(context: Context) -> VmRuntime | None:
     )
     runtime = await env.hypervisor.launch(plan)
     return replace(runtime, started_at=status.runtime.started_at)
+
+
+async def _frozen(context: Context, runtime: VmRuntime | None) -> None:
+    """Copies that wait for this moment can be got ready."""
+    build = await context.env.hypervisor.build(runtime) if runtime is not None else None
+
+    def change(snapshot: Snapshot) -> Snapshot:
+        if snapshot.memory is not None and build is not None:
+            snapshot = replace(snapshot, memory=replace(snapshot.memory, build=build))
+        return replace(snapshot, state=SnapshotState.FROZEN)
+
+    await context.env.records.snapshots.update(_id(context), change, durable=False)
 
 
 async def _volumes(env: Env, vm: Vm, spec: VmSpec, staged: dict[str, Volume]) -> tuple[Volume, ...]:
@@ -406,7 +422,8 @@ async def keep(context: Context) -> None:
             new = replace(snapshot.memory, build=captured.build, changes=changes)
             snapshot = replace(snapshot, memory=new)
         paused = context.outputs.get("go-on")
-        return replace(snapshot, state=SnapshotState.SAVING, pause_s=paused)
+        quiesced = context.outputs.get("quiesce") is not None
+        return replace(snapshot, state=SnapshotState.SAVING, pause_s=paused, quiesced=quiesced)
 
     await env.records.snapshots.update(id_, usable)
 
@@ -449,6 +466,8 @@ def result(context: Context) -> dict[str, Any]:
         "id": _id(context),
         "pause_s": context.outputs.get("go-on"),
         "changed": captured.changed if captured is not None else 0,
+        "frozen": context.outputs.get("quiesce"),
+        "thawed": context.outputs.get("thaw", True),
     }
 
 
@@ -457,8 +476,10 @@ STEPS = (
     Step("look", look, words="looking at the machine"),
     Step("freeze", freeze, undo_freeze, words="making new layers for its disks"),
     Step("spare", spare, undo_spare, words="starting the machine that goes on"),
+    Step("quiesce", quiescing.freeze, quiescing.undo_freeze, words="freezing the guest's file systems"),
     Step("hold", hold, undo_hold, cancellable=False, words="taking its state"),
     Step("go-on", go_on, cancellable=False, words="letting it go on"),
+    Step("thaw", quiescing.thaw, cancellable=False, follows=True, words="thawing the guest's file systems"),
     Step("keep", keep, cancellable=False, follows=True, words="keeping its state"),
     Step("save", save, timeout_s=7200.0, words="writing it to disk"),
     Step("finish", finish, cancellable=False, words="finishing"),

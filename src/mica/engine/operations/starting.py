@@ -10,12 +10,13 @@ import structlog
 
 from mica.engine.admission import admit, with_room
 from mica.engine.definition import Context, Env, Proposal, Step
+from mica.engine.operations.quiescing import let_go
 from mica.engine.records import Ledger, Reservation
 from mica.engine.settle import moved, set_state, stopped, take_down
-from mica.engine.snapshots import origin_of
+from mica.engine.snapshots import origin_of, until
 from mica.model.errors import Code, MicaError
 from mica.model.identity import Identity
-from mica.model.snapshot import Snapshot
+from mica.model.snapshot import Snapshot, SnapshotState
 from mica.model.transitions import LIVE
 from mica.model.units import Bytes
 from mica.model.vm import AgentState, NicRuntime, Vm, VmRuntime, VmSpec, VmState
@@ -188,12 +189,12 @@ async def plan_launch(
     )
 
 
-async def _origin(context: Context) -> tuple[Snapshot, Origin] | None:
-    """The state that this start begins at instead of at power-on."""
+async def _origin(context: Context, state: SnapshotState) -> tuple[Snapshot, Origin] | None:
+    """The state that this start begins at instead of at power-on, once it has come to ``state``."""
     id_ = context.operation.params.get("origin")
     if not id_:
         return None
-    snapshot = (await context.env.records.snapshots.need(id_)).value
+    snapshot = await until(context.env, id_, state)
     found = origin_of(context.env, snapshot)
     return None if found is None else (snapshot, found)
 
@@ -205,7 +206,7 @@ async def launch(context: Context) -> VmRuntime:
         # The host went down in between, and slices and networks with it. They are taken back under the same names.
         await make_slice(context)
         nics = tuple(await attach_networks(context))
-    begun = await _origin(context)
+    begun = await _origin(context, SnapshotState.FROZEN)
     volumes = tuple(context.output("prepare", list[Volume]))
     plan = await plan_launch(
         context.env,
@@ -245,7 +246,7 @@ async def run(context: Context) -> None:
         words = (await context.env.hypervisor.autopsy(context.output("launch", VmRuntime))).last_words
         raise MicaError(Code.QEMU_FAILED, f"QEMU ended before the guest ran{': ' + words if words else ''}")
     paused = bool(context.operation.params.get("paused", False))
-    begun = await _origin(context)
+    begun = await _origin(context, SnapshotState.SAVING)
     if begun is not None:
         await _wake(context, machine, *begun)
     elif not paused:
@@ -270,6 +271,8 @@ async def _wake(context: Context, machine: StatefulMachine, snapshot: Snapshot, 
         hostname=spec.hostname if snapshot.vm_id != vm_id else "",
         macs={mac: new[name] for name, mac in old.items() if name in new and new[name] != mac},
     )
+    if snapshot.quiesced:  # its memory is that of a guest whose file systems are frozen
+        await env.records.statuses.update(vm_id, lambda s: replace(s, frozen=context.operation.id))
     async with asyncio.TaskGroup() as group:
         # The question waits in the guest's port when the vCPUs begin to run.
         asking = group.create_task(env.identities.first(vm_id, runtime, who))
@@ -279,6 +282,8 @@ async def _wake(context: Context, machine: StatefulMachine, snapshot: Snapshot, 
     await env.records.statuses.update(
         vm_id, lambda s: replace(s, identity=asking.result(), becoming=who if copied else None)
     )
+    if not context.operation.params.get("paused", False):
+        await let_go(env, vm_id)
 
 
 PROMISE = Step("promise", promise, undo_promise, words="reserving memory")
