@@ -122,3 +122,17 @@ async def test_a_client_that_leaves_a_download_ends_the_reading_in_the_guest(
     async with asyncio.timeout(5):
         while engine.watchers:
             await asyncio.sleep(0.001)
+
+
+async def test_an_upload_that_is_refused_is_not_read_to_its_end(vm: httpx.AsyncClient) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(100_000)
+
+    async with asyncio.timeout(30):
+        reply = await vm.put("/v1/vms/none/files?path=/tmp", content=endless())
+    assert reply.status_code == 404
+    assert reply.headers["connection"] == "close"
+    reply = await vm.put("/v1/vms/none/files?path=/tmp", content=tar_of(a=b"a" * 1_000_000))
+    assert reply.status_code == 404
+    assert "connection" not in reply.headers

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +132,25 @@ async def test_output_is_whole_though_daemons_are_killed(world: World) -> None:
             while len(str(await vm.exec("sh", "-c", "ls -d /run/mica-*")).split()) > 2:
                 await asyncio.sleep(0.2)
         await vm.remove()
+
+
+async def test_files_go_in_and_come_out_as_they_were(shared_vm: VmHandle, tmp_path: Path) -> None:
+    """Compressible and not, through the programs that a real guest has, and not at all where there is no space."""
+    source = tmp_path / "copied"
+    source.mkdir()
+    (source / "text").write_bytes(b"much the same " * 100_000)
+    (source / "noise").write_bytes(os.urandom(700_001))
+    try:
+        report = await shared_vm.copy_in(source, "/tmp")
+        assert (report.files, report.verified) == (2, True)
+        await shared_vm.copy_out("/tmp/copied", tmp_path / "back")
+        for file in ("text", "noise"):
+            assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
+        with (tmp_path / "huge").open("wb") as huge:
+            huge.truncate(1024**4)
+        with pytest.raises(MicaError, match="the copy needs 1 TiB in /tmp of shared") as caught:
+            await shared_vm.copy_in(tmp_path / "huge", "/tmp")
+        assert caught.value.code is Code.INSUFFICIENT_DISK
+        assert str(await shared_vm.exec("sh", "-c", "ls -A /tmp | grep -c mica-cp", check=False)) == "0"
+    finally:
+        await shared_vm.exec("rm", "-rf", "/tmp/copied")

@@ -7,21 +7,45 @@ from typing import Any
 
 from litestar import Request
 
-from mica.model.errors import invalid
+from mica.model.errors import MicaError, invalid
+from mica.model.units import MIB
 
 MEDIA_TYPE = "application/x-tar"
+# So much of an upload that was refused is still read, because a client that is cut off may miss the answer.
+MAX_DRAIN = 8 * MIB
 
 
-async def upload(request: Request[Any, Any, Any]) -> AsyncIterator[bytes]:
+class Upload:
     """The body as it comes. Raises ``invalid`` when the client goes before its end: half an archive is none."""
-    while True:
-        event: Any = await request.receive()
+
+    def __init__(self, request: Request[Any, Any, Any]) -> None:
+        self._request = request
+        self._ended = False
+
+    async def _next(self) -> bytes:
+        event: Any = await self._request.receive()
         if event["type"] == "http.disconnect":
+            self._ended = True
             raise invalid("the upload broke off before its end", hint="send it again")
-        if event["body"]:
-            yield event["body"]
-        if not event.get("more_body", False):
-            return
+        self._ended = not event.get("more_body", False)
+        data: bytes = event["body"]
+        return data
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while not self._ended:
+            data = await self._next()
+            if data:
+                yield data
+
+    async def drain(self) -> bool:
+        """Read what is left of it and nobody wants, if it is not long: whether that was all."""
+        left = MAX_DRAIN
+        try:
+            while not self._ended and left > 0:
+                left -= len(await self._next())
+        except MicaError:
+            return True
+        return self._ended
 
 
 class Download:

@@ -136,12 +136,17 @@ def note(scope: Scope, **facts: Any) -> None:
     scope["state"].setdefault("log", {}).update(facts)
 
 
+def hang_up(scope: Scope) -> None:
+    """Close the connection after the answer: the rest of the request is not read."""
+    scope["state"]["hang_up"] = True
+
+
 def _on_mica(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     assert isinstance(error, MicaError)
     note(request.scope, code=str(error.code))
     if error.code is Code.INTERNAL or error.__cause__ is not None:
         note(request.scope, error=error.message, exc_info=error)
-    return answer(error)
+    return answer(error, headers={"Connection": "close"} if request.scope["state"].get("hang_up") else None)
 
 
 def _on_http(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

@@ -10,10 +10,12 @@ from litestar import Request, get, put
 from litestar.openapi.spec import OpenAPIFormat, OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
 from litestar.params import QueryParameter
 
-from mica.api.files import MEDIA_TYPE, Download, upload
+from mica.api.files import MEDIA_TYPE, Download, Upload
 from mica.api.lifetime import LifetimeDep
 from mica.api.live import Live
 from mica.api.params import ActorDep, EngineDep, VmRef
+from mica.api.problems import hang_up
+from mica.model.errors import MicaError
 
 FILES = "/v1/vms/{vm:str}/files"
 Size = Annotated[
@@ -38,7 +40,13 @@ class _TarUpload(Operation):
 async def copy_in(
     request: Request[Any, Any, Any], engine: EngineDep, actor: ActorDep, vm: VmRef, path: GuestPath, size: Size = 0
 ) -> dict[str, Any]:
-    summary: dict[str, Any] = msgspec.to_builtins(await engine.copy_in(vm, path, upload(request), by=actor, size=size))
+    body = Upload(request)
+    try:
+        summary: dict[str, Any] = msgspec.to_builtins(await engine.copy_in(vm, path, aiter(body), by=actor, size=size))
+    except MicaError:
+        if not await body.drain():
+            hang_up(request.scope)
+        raise
     return summary
 
 
