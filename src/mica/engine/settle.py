@@ -71,7 +71,7 @@ async def stopped(
         observed = moved(env, status.value.observed, state, reason, problem)
         observed = replace(observed, agent=AgentState.ABSENT, started_at=None, addresses=())
         # With its process its memory is gone, and who it was: it will boot as itself.
-        down = replace(status.value, runtime=None, observed=observed, identity=(), becoming=None)
+        down = replace(status.value, runtime=None, observed=observed, identity=(), becoming=None, frozen="")
         if down != status.value:
             draft.put(env.records.statuses, vm_id, down, status.generation)
         if not keep:

@@ -70,6 +70,15 @@ class AgentGuests:
     async def shutdown(self, vm_id: str, runtime: VmRuntime) -> None:
         await self.agent(vm_id, f"VM {vm_id[:8]}", runtime).shutdown()
 
+    async def freeze(self, vm_id: str, runtime: VmRuntime) -> int:
+        agent = self.agent(vm_id, f"VM {vm_id[:8]}", runtime)
+        if await agent.fsfreeze_status() == "frozen":
+            await agent.fsthaw()  # an earlier attempt got this far, and who knows when that was
+        return await agent.fsfreeze()
+
+    async def thaw(self, vm_id: str, runtime: VmRuntime) -> None:
+        await self.agent(vm_id, f"VM {vm_id[:8]}", runtime).fsthaw()
+
     def port_changed(self, vm_id: str, runtime: VmRuntime, *, opened: bool) -> None:
         agent = self.agent(vm_id, f"VM {vm_id[:8]}", runtime)
         if opened:

@@ -231,12 +231,14 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The seen side of a VM: the ``vm.status`` row, written by the VM's actor and by operations on it.
 
     ``identity`` tells of a copied machine what it has of its own by now; ``becoming`` is who it is yet to be.
+    ``frozen`` is the id of the operation for which its guest's file systems may be frozen still.
     """
 
     observed: VmObserved
     runtime: VmRuntime | None = None
     identity: Report = ()
     becoming: Identity | None = None
+    frozen: str = ""
 
 
 def check_name(name: str, noun: str = "name") -> str:

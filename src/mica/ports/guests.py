@@ -26,6 +26,15 @@ class Guests(Protocol):
     async def shutdown(self, vm_id: str, runtime: VmRuntime) -> None:
         """Ask the guest to power off. Returns when it has been asked."""
 
+    async def freeze(self, vm_id: str, runtime: VmRuntime) -> int:
+        """Have the guest write out and freeze its file systems; returns how many. Thaw them, whatever this raises.
+
+        Raises ``agent-unavailable``, ``agent-failed``, ``timeout``.
+        """
+
+    async def thaw(self, vm_id: str, runtime: VmRuntime) -> None:
+        """Thaw what is frozen, if anything is. Raises as :meth:`freeze`."""
+
     def port_changed(self, vm_id: str, runtime: VmRuntime, *, opened: bool) -> None:
         """The guest opened or closed the agent's port."""
 

@@ -67,7 +67,8 @@ class SimulatedMachine:
             if self.process.run is RunState.RUNNING:
                 raise MicaError(Code.STATE_CONFLICT, "a machine that runs cannot be captured")
             world, own = self.process.world, self.process.plan.origin is None
-            world.storage.put(into / "devices", ["devices"])
+            # A guest's file systems are as frozen in its copies as in itself.
+            world.storage.put(into / "devices", ["devices", *(["frozen"] if self.process.frozen else [])])
             if own:
                 return Captured(devices=into / "devices", build=BUILD)
             world.storage.put(into / "changes", self.process.memory)
@@ -84,6 +85,7 @@ class SimulatedMachine:
                 raise MicaError(Code.CORRUPT, f"there is no state at {origin.devices}")
             source = there[origin.changes].tokens if origin.changes else world.ram_images[origin.ram]
             process.memory = list(source)
+            process.frozen = "frozen" in there[origin.devices].tokens
             process.run, process.waits, process.agent = RunState.PAUSED, False, AgentState.READY
 
     async def join(self, nics: tuple[NicRuntime, ...]) -> None:
@@ -296,6 +298,21 @@ class SimulatedGuests:
             process = self._process(vm_id)
             self._world.connections.add(vm_id)
             process.ask()
+
+    async def freeze(self, vm_id: str, runtime: VmRuntime) -> int:
+        del runtime
+        async with self._faults.around("guests.freeze"):
+            process = self._process(vm_id)
+            self._world.connections.add(vm_id)
+            process.frozen = True
+            return len(process.plan.vm.spec.disks)
+
+    async def thaw(self, vm_id: str, runtime: VmRuntime) -> None:
+        del runtime
+        async with self._faults.around("guests.thaw"):
+            process = self._process(vm_id)
+            self._world.connections.add(vm_id)
+            process.frozen = False
 
     def port_changed(self, vm_id: str, runtime: VmRuntime, *, opened: bool) -> None:
         del runtime

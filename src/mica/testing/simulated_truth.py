@@ -104,6 +104,8 @@ def _up(vm: Vm, status: VmStatus, process: SimulatedProcess | None) -> list[str]
     is_running = process.run is RunState.RUNNING
     if is_running != (status.observed.state is VmState.RUNNING):
         found.append(f"VM {vm.name} is {status.observed.state} and QEMU says {process.run}")
+    if process.frozen and not status.frozen:
+        found.append(f"the file systems of VM {vm.name} are frozen, and nobody would thaw them")
     if process.agent is not status.observed.agent:
         found.append(f"the agent of VM {vm.name} is {process.agent} and shown as {status.observed.agent}")
     return found

@@ -61,6 +61,7 @@ class SimulatedProcess:
         self.waits = plan.origin is not None
         self.joined = plan.origin is None
         self.memory: list[str] = []
+        self.frozen = False
         # The files that it has open.
         self.disks = {volume.name: volume.path for volume in plan.volumes}
         self.gone = asyncio.Event()

@@ -24,6 +24,7 @@ from mica.engine.reconcilers import (
     leftovers,
     parts,
     retention,
+    thaw,
     trash,
     usage,
 )
@@ -94,6 +95,7 @@ def make_loops(env: Env, engine: Engine) -> list[Loop]:
         Loop("guests", guests.AskGuests(env, engine).reconcile, env.clock, 2.0, 0.5),
         Loop("parts", lambda: parts.reconcile(env), env.clock, 60.0, 3.0),
         Loop("identity", lambda: identity.reconcile(env, engine), env.clock, 2.0, 0.5),
+        Loop("thaw", lambda: thaw.reconcile(env, engine), env.clock, 2.0, 0.5),
         Loop("trash", lambda: trash.reconcile(env, engine), env.clock, 60.0, 10.0),
         Loop("retention", lambda: retention.reconcile(env), env.clock, 600.0, 20.0),
         Loop("actors", lambda: actors.reconcile(engine), env.clock, 30.0, 30.0),
