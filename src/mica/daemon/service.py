@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -164,26 +165,25 @@ class Service:
 
     # ── console and logs ──────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _serial(self, ref: str) -> tuple[str, Path | None]:
-        """The VM's id, and its serial socket while it runs."""
-        vm_id = await self._records.resolve_vm(ref)
-        status = (await self._records.statuses.need(vm_id)).value
-        if status.runtime is None or status.observed.state not in LIVE:
-            return vm_id, None
-        return vm_id, Sockets(Path(status.runtime.run_dir)).serial
+    async def _serial(self, vm_id: str) -> Path | None:
+        """The VM's serial socket while it runs."""
+        row = await self._records.statuses.get(vm_id)
+        if row is None or row.value.runtime is None or row.value.observed.state not in LIVE:
+            return None
+        return Sockets(Path(row.value.runtime.run_dir)).serial
 
     async def console_follow(self, vm: str, offset: int | None) -> AsyncIterator[tuple[int, bytes]]:
-        vm_id, socket = await self._serial(vm)
-        async for piece in self._consoles.follow(vm_id, socket, offset):
+        vm_id = await self._records.resolve_vm(vm)
+        async for piece in self._consoles.follow(vm_id, functools.partial(self._serial, vm_id), offset):
             yield piece
 
     async def console_write(self, vm: str, data: bytes) -> None:
-        vm_id, socket = await self._serial(vm)
-        if socket is None:
+        vm_id = await self._records.resolve_vm(vm)
+        if await self._serial(vm_id) is None:
             raise MicaError(
                 Code.STATE_CONFLICT, f"VM {vm} does not run, so its console takes no input", hint="start it first"
             )
-        await self._consoles.write(vm_id, socket, data)
+        await self._consoles.write(vm_id, functools.partial(self._serial, vm_id), data)
 
     async def log(self, vm: str, which: str, tail: int) -> bytes:
         """The end of the ``console`` or ``qemu`` log, at most ``tail`` bytes."""

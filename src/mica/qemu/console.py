@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -31,11 +31,17 @@ LINGER_S = 2.0
 SETTLE_S = 0.005
 
 
+Find = Callable[[], Awaitable[Path | None]]
+"""Where a VM's serial socket is now; ``None`` when it has no process."""
+
+
 class _Line:
     """One VM's connection to its serial port, shared by its watchers."""
 
-    def __init__(self) -> None:
+    def __init__(self, find: Find) -> None:
+        self.find = find
         self.watchers = 0
+        self.socket: Path | None = None
         self.reader: asyncio.StreamReader | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.bell = asyncio.Condition()
@@ -56,13 +62,13 @@ class Consoles:
     def file(self, vm_id: str) -> Path:
         return self._log_dir / vm_id / "console.log"
 
-    async def follow(self, vm_id: str, socket: Path | None, offset: int | None) -> AsyncIterator[tuple[int, bytes]]:
-        """``(offset, data)`` from the history on, then as it comes; ends when the VM's process does.
+    async def follow(self, vm_id: str, find: Find, offset: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        """``(offset, data)`` from the history on, then as it comes; ends when the VM's last process does.
 
         ``offset`` ``None`` begins 64 KiB before the end; one that is no longer kept begins where the history does.
-        ``socket`` is ``None`` for a VM that does not run: then there is only history.
+        Of a VM that does not run there is only history. One that goes on in another process goes on here too.
         """
-        async with self._watch(vm_id, socket) as line:
+        async with self._watch(vm_id, find) as line:
             at = self._begin(vm_id, offset)
             while True:
                 rung = line.rung
@@ -79,9 +85,9 @@ class Consoles:
                         await line.bell.wait()
                 await asyncio.sleep(SETTLE_S)
 
-    async def write(self, vm_id: str, socket: Path, data: bytes) -> None:
+    async def write(self, vm_id: str, find: Find, data: bytes) -> None:
         """Type ``data``. Raises ``timeout`` when the guest does not take it, ``state-conflict`` when it has ended."""
-        async with self._watch(vm_id, socket) as line:
+        async with self._watch(vm_id, find) as line:
             if line.writer is None:
                 raise MicaError(Code.STATE_CONFLICT, "the VM has ended, its console takes no input")
             line.typed = True
@@ -134,18 +140,13 @@ class Consoles:
             return b""
 
     @asynccontextmanager
-    async def _watch(self, vm_id: str, socket: Path | None) -> AsyncIterator[_Line]:
-        if socket is None:
-            line = _Line()
-            line.ended = True
-            yield line
-            return
-        line = self._lines.setdefault(vm_id, _Line())
+    async def _watch(self, vm_id: str, find: Find) -> AsyncIterator[_Line]:
+        line = self._lines.setdefault(vm_id, _Line(find))
         line.watchers += 1
         try:
             async with line.opening:
-                if line.task is None:
-                    await self._dial(line, socket)
+                if line.task is None and await self._dial(line):
+                    line.task = asyncio.get_running_loop().create_task(self._listen(line), name="console")
             yield line
         finally:
             line.watchers -= 1
@@ -153,23 +154,33 @@ class Consoles:
                 del self._lines[vm_id]
                 await asyncio.shield(self._hang_up(line))
 
-    async def _dial(self, line: _Line, socket: Path) -> None:
+    async def _dial(self, line: _Line) -> bool:
+        """Connect to where the serial port is now, if that is not where we have been."""
+        socket, before = await line.find(), line.socket
+        line.socket = socket
+        if socket is None or socket == before:
+            line.ended = True  # there is only history
+            return False
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 line.reader, line.writer = await asyncio.open_unix_connection(str(socket))
         except (TimeoutError, OSError):
             line.ended = True  # it has just ended; the history is still there
-            return
-        line.task = asyncio.get_running_loop().create_task(self._listen(line), name="console")
+            return False
+        return True
 
     async def _listen(self, line: _Line) -> None:
-        assert line.reader is not None
-        try:
-            while await line.reader.read(CHUNK):
-                await _ring(line)
-        except OSError as error:
-            log.info("console connection lost", error=str(error))
-        line.ended = True
+        connected = True
+        while connected:
+            assert line.reader is not None
+            assert line.writer is not None
+            try:
+                while await line.reader.read(CHUNK):
+                    await _ring(line)
+            except OSError as error:
+                log.info("console connection lost", error=str(error))
+            line.writer.close()
+            connected = await self._dial(line)
         await _ring(line)
 
     async def _hang_up(self, line: _Line) -> None:

@@ -384,14 +384,14 @@ async def go_on(context: Context) -> float | None:
 
 
 async def _swap(context: Context, second: VmRuntime) -> None:
-    """The second machine is the VM's, and the first one ends."""
+    """The second machine is the VM's, and the first one ends. Whoever is cut off there finds the second one then."""
     env, vm_id = context.env, context.vm_id
-    status = await _status(context)
-    if status.runtime is not None and status.runtime.incarnation != second.incarnation:
-        await env.hypervisor.retire(vm_id, status.runtime.incarnation)
+    runtime = (await _status(context)).runtime
+    if runtime is not None and runtime.incarnation != second.incarnation:
         env.machines.detach(vm_id)
         await env.records.statuses.update(vm_id, lambda s: replace(s, runtime=second), durable=False)
-        await env.guests.moved(vm_id, second)
+    await env.hypervisor.retire(vm_id, second.incarnation - 1)
+    await env.guests.moved(vm_id, second)
     machine = await env.machines.attach(vm_id)
     if machine is not None:
         await machine.join(second.nics)
