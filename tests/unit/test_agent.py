@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from mica.guest.agent import AgentRefusedError, GuestAgent, Request
+from mica.guest.guests import AgentGuests
 from mica.guest.replies import FileRead
 from mica.model.errors import Code, MicaError
+from mica.model.vm import ProcessRef, VmRuntime, VmSpec
 from mica.testing.agent_server import FakeAgent, Misbehaviour
 
 
@@ -293,3 +295,21 @@ async def test_a_ready_connection_adds_little(server: FakeAgent, agent: GuestAge
     writer.close()
     print(f"ours {statistics.median(ours) * 1e6:.0f} us, bare {statistics.median(theirs) * 1e6:.0f} us")
     assert statistics.median(ours) < 5 * statistics.median(theirs)
+
+
+async def test_guests_freeze_anew_and_thaw_as_often_as_asked(tmp_path: Path) -> None:
+    guests = AgentGuests()
+    runtime = VmRuntime(
+        process=ProcessRef(1, 1, ""), spec=VmSpec(), run_dir=str(tmp_path), accelerator="", started_at=0.0
+    )
+    async with FakeAgent(tmp_path / "agent") as server:
+        try:
+            await guests.freeze("a", runtime)
+            assert server.frozen
+            await guests.freeze("a", runtime)
+            assert server.calls[-3:] == ["guest-fsfreeze-status", "guest-fsfreeze-thaw", "guest-fsfreeze-freeze"]
+            for _ in range(2):
+                await guests.thaw("a", runtime)
+                assert not server.frozen
+        finally:
+            await guests.close()
