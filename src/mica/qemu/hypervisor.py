@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from typing import Any
 import msgspec
 import structlog
 
-from mica.host.processes import ResourceLimits, find
+from mica.host.processes import find
 from mica.model.errors import Code, MicaError
-from mica.model.image import Firmware
 from mica.model.snapshot import MachineBuild
 from mica.model.units import MIB, Bytes
 from mica.model.vm import Machine, VmRuntime, VmSpec
@@ -33,9 +31,9 @@ from mica.qemu import accel, ram
 from mica.qemu.accel import Accelerator
 from mica.qemu.checks import check_host, check_nics
 from mica.qemu.command_line import QemuHost, Sockets, build_arguments
-from mica.qemu.devices.nic import needs_host_network
-from mica.qemu.jail import Jail, JailKind, JailSpec, JailUsers, hand_over
+from mica.qemu.jail import Jail, JailKind, JailUsers, hand_over
 from mica.qemu.jailed import Jailed, JailedRefs, adopt, exit_code, find_left, start
+from mica.qemu.launching import jail_spec, make_logs, make_run_dir
 from mica.qemu.machine import QemuMachine, complete, last_words
 from mica.qemu.qmp import Monitor
 from mica.qemu.ram import RamImages
@@ -199,23 +197,22 @@ class QemuHypervisor:
         vm = plan.vm
         user = self._users.vm(vm.slot) if self._jail.kind is JailKind.ROOT else None
         directory = self._vm_dir / vm.id / str(plan.incarnation)
-        sockets = Sockets(self._make_run_dir(directory))
+        sockets = Sockets(make_run_dir(directory))
         hand_over(sockets.directory, user)
-        console, messages = self._make_logs(vm.id)
+        console, messages = make_logs(self._log_dir / vm.id)
         hand_over(console, user)
         argv = build_arguments(plan, self._host, sockets, Path(f"/proc/self/fd/{memory}"), console)
         log_offset = messages.stat().st_size
-        writable = [sockets.directory, console, *(v.path for v in plan.volumes if not v.read_only)]
-        lengths = [file.stat().st_size + self._file_limit for file in (console, messages)]
-        largest = max([*lengths, *(Bytes(int(v.size * 1.1) + 64 * MIB) for v in plan.volumes)])
-        spec = JailSpec(
-            writable=tuple(writable),
-            readable=self._readable(plan),
+        spec = jail_spec(
+            plan,
+            writable=(sockets.directory, console),
+            logs=(console, messages),
+            log_room=self._file_limit,
+            firmware_code=self._host.firmware_code,
             devices=(Path("/dev/kvm"),) if self._host.accelerator is Accelerator.KVM else (),
             user=user,
-            host_network=any(map(needs_host_network, plan.nics)),
             # Root may raise a limit later, another user only below the hard one.
-            limits=ResourceLimits(file_size=largest, core=0, raisable=self._jail.kind is not JailKind.ROOT),
+            raisable=self._jail.kind is not JailKind.ROOT,
         )
         await self._join_networks(plan)
         started_at = self._clock.now()
@@ -257,18 +254,6 @@ class QemuHypervisor:
             ram=plan.origin.ram if plan.origin else "",
             incarnation=plan.incarnation,
         )
-
-    def _readable(self, plan: LaunchPlan) -> tuple[Path, ...]:
-        """What the machine's process may read and not write, beyond the system's programs."""
-        paths = [*(b for v in plan.volumes for b in v.backing), *(v.path for v in plan.volumes if v.read_only)]
-        paths += [p for p in (plan.kernel, plan.initrd) if p is not None]
-        # The directory and not the socket itself, so that a network process that was replaced is seen.
-        paths += [Path(n.handle["socket"]).parent for n in plan.nics if "socket" in n.handle]
-        if any(map(needs_host_network, plan.nics)):  # then QEMU itself asks the host's resolvers for the guest
-            paths += [p for p in (Path("/etc/resolv.conf"),) if p.exists()]
-        if plan.vm.spec.firmware is Firmware.UEFI and self._host.firmware_code is not None:
-            paths.append(self._host.firmware_code)
-        return tuple(dict.fromkeys(p for p in paths if not p.is_relative_to("/usr")))
 
     async def _join_networks(self, plan: LaunchPlan) -> None:
         """What works for the VM's NICs counts as the VM's."""
@@ -386,25 +371,6 @@ class QemuHypervisor:
         """Let QEMU write its logs beyond ``size``, their length now: their beginnings were given back to the disk."""
         for machine in (m for (one, _), m in self._attached.items() if one == vm_id):
             machine.raise_file_limit(size + self._file_limit)
-
-    # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _make_run_dir(self, directory: Path) -> Path:
-        (directory / "run").mkdir(parents=True, mode=0o711)
-        directory.parent.chmod(0o711)
-        directory.chmod(0o711)
-        return directory / "run"
-
-    def _make_logs(self, vm_id: str) -> tuple[Path, Path]:
-        directory = self._log_dir / vm_id
-        directory.mkdir(parents=True, exist_ok=True, mode=0o711)
-        for name in ("console.log", "qemu.log"):
-            file = directory / name
-            descriptor = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise MicaError(Code.CORRUPT, f"{file} is not a file")
-            os.close(descriptor)
-        return directory / "console.log", directory / "qemu.log"
 
 
 async def _gone(jailed: Jailed) -> None:
