@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from mica.engine.records import Claim, Records, Reservation, Versioned
 from mica.model.operation import OperationState
+from mica.model.snapshot import PartKind
 from mica.model.vm import AgentState, Vm, VmState, VmStatus
 from mica.ports.hypervisor import RunState
 from mica.testing.simulated_files import PARTS
@@ -40,6 +41,7 @@ async def lies(world: SimulatedHost, records: Records, *, stuck: bool = False, l
     found += [f"a process of {vm_id} has no live VM" for vm_id in world.processes.keys() - live]
     if not leftovers:
         found += _left_over(world, vms, statuses, live)
+    found += await _snapshots(world, records, vms, leftovers=leftovers)
     rows = await records.images.scan()
     whole = {digest for digest, row in rows.items() if not row.value.damaged}
     found += [f"image {digest[:20]} has a row and no files" for digest in whole - world.images.keys()]
@@ -59,6 +61,25 @@ def parts(world: SimulatedHost, known: Collection[str]) -> list[str]:
     for path, file in world.storage.there.items():
         missing = [p.name for p in file.below if p.parent == PARTS and p.name not in there]
         found += [f"{path} lies over parts {missing}, which are gone"] if missing else []
+    return found
+
+
+async def _snapshots(world: SimulatedHost, records: Records, vms: Mapping[str, Vm], *, leftovers: bool) -> list[str]:
+    rows = {id_: row.value for id_, row in (await records.parts.scan()).items()}
+    there = world.storage.parts
+    # What is of a machine's memory may never be written to disk; a row that nothing needs goes when the reaper comes.
+    layers = {id_ for id_, part in rows.items() if part.digest or part.kind in (PartKind.DISK, PartKind.NVRAM)}
+    found = parts(world, layers | (rows.keys() & there.keys()))
+    if leftovers:
+        found = [lie for lie in found if not lie.endswith("of nobody")]
+    for snapshot in (await records.snapshots.scan()).values():
+        missing = set(snapshot.value.parts) - rows.keys()
+        found += [f"snapshot {snapshot.value.name} has parts {sorted(missing)}, which have no row"] if missing else []
+    for vm in vms.values():
+        disks = world.volumes.get(vm.id, {}).items()
+        lies_over = {name: v.backing[0].name for name, v in disks if v.backing and v.backing[0].parent == PARTS}
+        if lies_over != vm.layers:
+            found.append(f"the disks of VM {vm.name} lie over {lies_over}, not over {vm.layers}")
     return found
 
 
