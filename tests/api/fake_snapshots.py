@@ -108,7 +108,8 @@ class FakeSnapshots(FakeGuests, ABC):
             verified_at=NOW,
         )
         await self._put_snapshot(view)
-        await self._put(replace(self.machines[vm.id], snapshot=snapshot.id))
+        if take.kind is not SnapshotKind.FORK:
+            await self._put(replace(self.machines[vm.id], snapshot=snapshot.id))
         return view
 
     async def _put_snapshot(self, view: SnapshotView) -> None:
@@ -196,7 +197,7 @@ class FakeSnapshots(FakeGuests, ABC):
             vm,
             id=str(uuid.uuid4()),
             name=name,
-            snapshot=base.id,
+            snapshot=base.id if base.kind is not SnapshotKind.FORK else "",
             forked_from=vm.name,
             nics=(nic,),
             observed=replace(vm.observed, state=VmState.RUNNING),

@@ -86,9 +86,12 @@ async def test_verbs_on_a_snapshot_name_it_by_its_id(
     verb: str,
     params: Any,
 ) -> None:
-    reply = await http.request(method, f"{SNAPSHOTS}/clean{path}", json=body, headers={"If-Match": '"3"'})
+    now = web["generation"]
+    reply = await http.request(method, f"{SNAPSHOTS}/clean{path}", json=body, headers={"If-Match": f'"{now + 1}"'})
+    assert (reply.status_code, reply.json()["code"]) == (412, "generation-conflict")
+    reply = await http.request(method, f"{SNAPSHOTS}/clean{path}", json=body, headers={"If-Match": f'"{now}"'})
     assert reply.status_code == 202, reply.text
-    assert engine.submitted[-1] == (verb, web["snapshot"]["id"], params, MAKER, 3, "")
+    assert engine.submitted[-1] == (verb, web["snapshot"]["id"], params, MAKER, now, "")
     assert reply.json()["target"] == f"snapshot/{web['snapshot']['id']}"
     missing = await http.request(method, f"{SNAPSHOTS}/nothing{path}", json=body)
     assert (missing.status_code, missing.json()["code"]) == (404, "not-found")

@@ -32,67 +32,50 @@ async def list_(
         Also the moments at which forks began.
     """
     async with ctx.client() as client:
-        everything = await client.snapshots.list(vm, forks=True)
-    shown = [view for view in everything if all_ or view.snapshot.kind is not SnapshotKind.FORK]
-    ctx.emit(shown, lambda: _list(ctx, vm, everything, shown))
+        views = await client.snapshots.list(vm, forks=all_)
+    ctx.emit(views, lambda: _list(ctx, vm, views))
 
 
-def _list(ctx: Context, vm: str, everything: list[SnapshotView], shown: list[SnapshotView]) -> str:
-    if not shown:
+def _list(ctx: Context, vm: str, views: list[SnapshotView]) -> str:
+    if not views:
         ctx.say(f"no snapshots yet; take one with: mica snapshot create {vm or 'VM'}")
         return ""
-    names = {view.snapshot.vm_id: view.snapshot.vm_name for view in shown}
+    names = {view.snapshot.vm_id: view.snapshot.vm_name for view in views}
     out = []
     for vm_id, name in sorted(names.items(), key=lambda item: item[1]):
-        nodes = tree(
-            [view for view in everything if view.snapshot.vm_id == vm_id],
-            {view.snapshot.id for view in shown},
-        )
+        nodes = tree(view for view in views if view.snapshot.vm_id == vm_id)
         out.append("\n".join([*([] if vm else [ctx.title(name)]), _table(ctx, nodes)]))
     return "\n\n".join(out)
 
 
 class Node(NamedTuple):
-    """One line of a tree. ``branch`` is what stands before its name; ``current``: the VM's present state is below."""
+    """One line of a tree. ``branch`` is what stands before its name."""
 
     branch: str
     view: SnapshotView
-    current: bool
 
 
-def tree(views: Iterable[SnapshotView], shown: set[str]) -> list[Node]:
-    """Those with the ids ``shown`` in the order of a tree, siblings oldest first.
+def tree(views: Iterable[SnapshotView]) -> list[Node]:
+    """The snapshots of one VM in the order of a tree, siblings oldest first.
 
-        one
-        two         descends from one
-        ├─ three    and so do three and five from two
-        │  four
-        └─ five
-
-    What descends from one that is not shown stands below the next one above that is.
+    one
+    two         descends from one
+    ├─ three    and so do three and five from two
+    │  four
+    └─ five
     """
     known = {view.snapshot.id: view for view in views}
-
-    def above(id_: str) -> str:
-        passed = set()
-        while id_ in known and id_ not in shown and id_ not in passed:
-            passed.add(id_)
-            id_ = known[id_].snapshot.parent
-        return id_ if id_ in known and id_ in shown else ""
-
     children: dict[str, list[SnapshotView]] = {}
     for view in sorted(known.values(), key=lambda view: view.snapshot.created_at):
-        if view.snapshot.id in shown:
-            children.setdefault(above(view.snapshot.parent), []).append(view)
-    current = next((above(view.snapshot.id) for view in known.values() if view.current), "")
-
+        parent = view.snapshot.parent
+        children.setdefault(parent if parent in known else "", []).append(view)
     out: list[Node] = []
     # A stack, because a thousand snapshots in a row are deeper than Python calls.
-    waiting = _branches(children.pop("", []), "")
+    waiting = _branches(children.get("", []), "")
     while waiting:
         view, branch, below = waiting.pop()
-        out.append(Node(branch, view, view.snapshot.id == current))
-        waiting += _branches(children.pop(view.snapshot.id, []), below)
+        out.append(Node(branch, view))
+        waiting += _branches(children.get(view.snapshot.id, []), below)
     return out
 
 
@@ -113,7 +96,7 @@ def _table(ctx: Context, nodes: list[Node]) -> str:
     head = ("NAME", "SIZE", "AGE", "MEMORY", "STATE", "ABOUT")
     rows = [
         (
-            f"{node.branch}{node.view.snapshot.name}{' ← now' if node.current else ''}",
+            f"{node.branch}{node.view.snapshot.name}{' ← now' if node.view.current else ''}",
             size(node.view.size),
             age(node.view.snapshot.created_at, ctx.now),
             "yes" if node.view.memory else "no",

@@ -7,9 +7,11 @@ from typing import Annotated
 from litestar import Response, delete, get, patch, post
 from litestar.params import JSONBody, PathParameter, QueryParameter
 
-from mica.api.params import ActorDep, EngineDep, TermsDep, VmRef, submit
+from mica.api.facade import Facade
+from mica.api.params import ActorDep, EngineDep, Terms, TermsDep, VmRef, submit
 from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
+from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
 from mica.model.transitions import VmVerb
 from mica.model.views import (
@@ -28,6 +30,20 @@ Ref = Annotated[
     str, PathParameter(description="A snapshot's name within the VM, its id, or its beginning (8 characters)")
 ]
 Forks = Annotated[bool, QueryParameter(name="all", description="Also the moments at which forks began")]
+
+
+async def _meant(engine: Facade, vm: str, ref: str, on: Terms) -> str:
+    """The id of a snapshot that has the generation which was asked for. Raises ``generation-conflict``."""
+    found = await engine.snapshot(vm, ref)
+    if on.if_match is not None and on.if_match != found.generation:
+        raise MicaError(
+            Code.GENERATION_CONFLICT,
+            f"snapshot {found.snapshot.name} has generation {found.generation}, not {on.if_match}",
+            hint="somebody changed it: read it again and decide anew",
+            details={"generation": found.generation, "if_match": on.if_match},
+        )
+    return found.snapshot.id
+
 
 # Bodies that may be left out.
 NOTHING, CREATE, RESTORE, FORK = NoParams(), SnapshotCreate(), SnapshotRestore(), VmFork()
@@ -61,14 +77,12 @@ async def show(engine: EngineDep, vm: VmRef, snapshot: Ref) -> Response[Snapshot
 async def change(
     engine: EngineDep, terms: TermsDep, vm: VmRef, snapshot: Ref, data: JSONBody[SnapshotSet]
 ) -> Response[Operation]:
-    found = await engine.snapshot(vm, snapshot)
-    return await submit(engine, "snapshot.set", found.snapshot.id, data, terms)
+    return await submit(engine, "snapshot.set", await _meant(engine, vm, snapshot, terms), data, terms)
 
 
 @delete(SNAPSHOT, status_code=202, summary="Delete a snapshot", operation_id="snapshot_delete")
 async def remove(engine: EngineDep, terms: TermsDep, vm: VmRef, snapshot: Ref) -> Response[Operation]:
-    found = await engine.snapshot(vm, snapshot)
-    return await submit(engine, "snapshot.delete", found.snapshot.id, NoParams(), terms)
+    return await submit(engine, "snapshot.delete", await _meant(engine, vm, snapshot, terms), NoParams(), terms)
 
 
 @post(
@@ -80,8 +94,7 @@ async def remove(engine: EngineDep, terms: TermsDep, vm: VmRef, snapshot: Ref) -
 async def verify(
     engine: EngineDep, terms: TermsDep, vm: VmRef, snapshot: Ref, data: JSONBody[NoParams] = NOTHING
 ) -> Response[Operation]:
-    found = await engine.snapshot(vm, snapshot)
-    return await submit(engine, "snapshot.verify", found.snapshot.id, data, terms)
+    return await submit(engine, "snapshot.verify", await _meant(engine, vm, snapshot, terms), data, terms)
 
 
 @post(f"{SNAPSHOT}/restore", status_code=202, summary="Bring a VM back to a snapshot", operation_id="snapshot_restore")
