@@ -162,8 +162,9 @@ async def halt(context: Context) -> How:
 
 async def _gone(context: Context) -> bool:
     try:
-        return await context.env.machines.attach(context.vm_id) is None
-    except MicaError:
+        async with within(context.env.clock, MARGIN_S):
+            return await context.env.machines.attach(context.vm_id) is None
+    except (MicaError, TimeoutError):
         return False  # it does not answer, so it is there
 
 
@@ -173,9 +174,15 @@ async def _already(context: Context) -> How:
 
 
 async def _autopsy(context: Context) -> Exit | None:
+    """How it ended; ``None`` when nobody can tell."""
     status = await context.env.records.statuses.get(context.vm_id)
     runtime = status.value.runtime if status else None
-    return None if runtime is None else await context.env.hypervisor.autopsy(runtime)
+    try:
+        async with within(context.env.clock, MARGIN_S):
+            return None if runtime is None else await context.env.hypervisor.autopsy(runtime)
+    except TimeoutError as error:
+        log.warning("how a machine ended cannot be read", vm=context.vm_id, error=str(error))
+        return None
 
 
 async def undo_halt(context: Context) -> None:
