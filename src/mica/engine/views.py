@@ -36,6 +36,8 @@ replace = msgspec.structs.replace
 
 MAX_PAGE = 1000
 _TOLD = ("vm", "operation", "image", "snapshot")
+# What people asked for, or will want; all others come and go with what they are for.
+_LISTED = (SnapshotKind.USER, SnapshotKind.SAFETY)
 
 
 class _Shelf:
@@ -52,8 +54,8 @@ class _Shelf:
         for vm in vms:
             self._descendants.setdefault(vm.snapshot, []).append(vm)
         self._owners: dict[str, str] = {}
-        # What the moment of a fork shares with a snapshot that somebody asked for is the latter's.
-        for row in sorted(self.rows, key=lambda row: row.value.kind is SnapshotKind.FORK):
+        # What the moment of a fork shares with a snapshot that is listed is the latter's.
+        for row in sorted(self.rows, key=lambda row: row.value.kind not in _LISTED):
             for part in row.value.parts:
                 self._owners.setdefault(part, row.value.id)
 
@@ -268,7 +270,7 @@ class Views:
         chosen = [
             row
             for row in shelf.rows
-            if (not vm_id or row.value.vm_id == vm_id) and (forks or row.value.kind is not SnapshotKind.FORK)
+            if (not vm_id or row.value.vm_id == vm_id) and (forks or row.value.kind in _LISTED)
         ]
         return SnapshotPage(revision=revision, items=tuple(shelf.view(row) for row in chosen))
 
