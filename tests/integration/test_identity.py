@@ -126,7 +126,7 @@ async def test_a_guest_becomes_another_machine(guest: Guest) -> None:
         Trait.MAC: "52:54:00:00:00:02: no NIC that can be changed has 52:54:00:00:00:01"
     }
     assert await guest.run("cat /sys/class/net/eth0/address") == old
-    await guest.run("kill $(cat /run/mica-identity/pid)")
+    await guest.run("kill $(cat /run/mica.identity/pid)")
     assert undone(await guest.first(who)) == {}
     assert await guest.run("cat /sys/class/net/eth0/address") == NEW
 

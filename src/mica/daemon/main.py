@@ -56,6 +56,7 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
         consoles, guests, host = Consoles(settings.log_dir), AgentGuests(), builder.host()
         stack.push_async_callback(consoles.close)
         stack.push_async_callback(guests.close)
+        identities = await stack.enter_async_context(AgentIdentities(guests).running())
         lifetime = Lifetime()
         ports = Ports(
             records=Records(store),
@@ -67,7 +68,7 @@ async def running(settings: Settings) -> AsyncIterator[ApiServer]:
             slices=share,
             images=builder.images(),
             guests=guests,
-            identities=AgentIdentities(guests),
+            identities=identities,
             parts=builder.parts(),
             branches=builder.branches(),
             ram=hypervisor.ram,

@@ -24,7 +24,7 @@ from mica.model.vm import VmRuntime
 
 FIRST_TIMEOUT_S = 15.0
 SETTLE_S = 2.0
-ROOM = "/run/mica-identity"
+ROOM = "/run/mica.identity"
 MAX_REPLY = 64 * KIB
 MAX_WHY = 200
 
@@ -35,7 +35,7 @@ _ASKED_PAUSE_S = 0.003
 _SPARE_S = 10.0
 _WAITING_TIMEOUT_S = 1.0
 _ANSWERS = 100 * first_program.ANSWER_SIZE
-_PREPARE_TIMEOUT_S = 60.0
+_PREPARE_TIMEOUT_S = 5.0
 
 _log = structlog.get_logger()
 
@@ -132,10 +132,11 @@ class AgentIdentities:
         agent = self._agent(vm_id, runtime)
         script = identity_scripts.prepare(self._room, secrets.token_hex(4))
         try:
-            status = await _execute(agent, ["-c", script], None, _PREPARE_TIMEOUT_S, _QUICK)
-            waiting = await self._open(agent) if status.exitcode == 0 else None
-        except MicaError as error:  # its copies take the longer way
-            _log.info("a guest is not prepared to be copied", vm=vm_id, error=error.message)
+            async with asyncio.timeout(_PREPARE_TIMEOUT_S):
+                status = await _execute(agent, ["-c", script], None, _PREPARE_TIMEOUT_S, _QUICK)
+                waiting = await self._open(agent) if status.exitcode == 0 else None
+        except (MicaError, TimeoutError) as error:  # its copies take the longer way
+            _log.info("a guest is not prepared to be copied", vm=vm_id, error=str(error))
             return False
         if waiting is not None:
             self._waiting[vm_id] = waiting
@@ -194,6 +195,8 @@ class AgentIdentities:
             codes = await self._ask(agent, waiting, identity) if waiting is not None else None
         if codes and waiting is not None:
             self._waiting[vm_id] = waiting
+        else:  # a guest that went back may give such a number to another file yet
+            self._waiting.pop(vm_id, None)
         return codes or None
 
     def _order(self, mark: bytes, identity: Identity) -> bytes:
