@@ -138,6 +138,8 @@ async def test_a_guest_becomes_another_machine(guest: Guest) -> None:
         "twin\ntwin\n1\n1"
     )
     assert "inet " in await guest.run("ip -4 addr show dev eth0")
+    link_local = await guest.run("ip -6 addr show dev eth0 scope link | grep inet6")
+    assert link_local.split()[1] == "fe80::5054:ff:feaa:bbcc/64"
 
     # Everything, and a generator of keys that fails at first.
     await guest.run("echo micro >/proc/sys/kernel/hostname; " + FURNISH.replace("OLD", old))

@@ -292,7 +292,7 @@ for n in @NAMES@; do [ "$n" = - ] || names="$names $n"; done
 for n in $names; do
   # The link-local address is made from the MAC address when the interface comes up, or when this is switched on.
   g=/proc/sys/net/ipv6/conf/$n/addr_gen_mode
-  if [ -w "$g" ] && read -r a <"$g" && [ "$a" = 0 ]; then
+  if [ -w "$g" ] && [ "$(cat "$g")" = 0 ]; then
     ip -6 addr flush dev "$n" scope link
     echo 1 >"$g"
     echo 0 >"$g"
