@@ -115,7 +115,7 @@ async def as_child(lab: Lab, runtime: VmRuntime, machine: StatefulMachine, volum
     spare = await lab.launch(lab.vm(0), above, pending, incarnation=1)
     child = await lab.machine(spare)
     # Written while the other machine has the disk open already: its table of clusters is new to that one.
-    late = "head -c4M /dev/urandom > /tmp/late; dd if=/tmp/late of=/dev/vda bs=1M seek=20 conv=fsync"
+    late = "head -c 4194304 /dev/urandom > /tmp/late; dd if=/tmp/late of=/dev/vda bs=1M seek=20 conv=fsync"
     assert (await sh(runtime, late)).endswith("0")
     began = time.monotonic()
     await machine.pause()

@@ -43,7 +43,10 @@ async def capture(
     """See :meth:`mica.ports.hypervisor.StatefulMachine.capture`."""
     written = Path(runtime.run_dir) / "devices"
     try:
-        await monitor.run("xen-save-devices-state", {"filename": str(written), "live": False}, timeout_s=_LOAD_S)
+        # A machine whose RAM becomes an image is about to be followed by another one: it lets go of its disks then
+        # ("live"), so that the other one reads anew what it has opened early. Resuming takes them back.
+        words = {"filename": str(written), "live": not runtime.ram}
+        await monitor.run("xen-save-devices-state", words, timeout_s=_LOAD_S)
     except MicaError as error:
         if "non-migratable" not in error.message and "migration blocked" not in error.message.lower():
             raise
