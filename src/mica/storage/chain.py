@@ -130,7 +130,7 @@ def read_chain(path: Path, format_: DiskFormat, bases: Sequence[Path] = (), part
 
     Where ``bases`` are given, everything below lies in one of those directories. What lies in the directory ``parts``
     has been written by machines: its headers say what its records say. Raises ``corrupt``, ``not-found`` naming the
-    missing file, ``forbidden``, ``in-use`` when somebody writes to a file below.
+    missing file, ``forbidden``, ``in-use`` when somebody writes to a file below that is no part.
     """
     layers = [read_layer(path, format_)]
     while layers[-1].base:
@@ -147,8 +147,12 @@ def read_chain(path: Path, format_: DiskFormat, bases: Sequence[Path] = (), part
             raise damaged(top.path, f"it lies over {below}, which is no image of this host")
         if not below.exists():
             raise not_found("image file", str(below), hint=f"{top.path} was made over it; import that image again")
-        layers.append(read_part(below) if below.parent == parts else read_layer(below, DiskFormat(top.base_format)))
-        require_unused(below, writing=False)
+        if below.parent == parts:
+            # The machine that it is being made of may write to it still, while copies of that moment are got ready.
+            layers.append(read_part(below))
+        else:
+            layers.append(read_layer(below, DiskFormat(top.base_format)))
+            require_unused(below, writing=False)
     return layers
 
 
@@ -164,6 +168,12 @@ def require_unused(path: Path, *, writing: bool) -> None:
             retryable=True,
             details={"path": str(path)},
         )
+
+
+def written(path: Path) -> bool:
+    """Whether another process has the image open for writing."""
+    with naming(path):
+        return _locked(path, _WRITES)
 
 
 def _locked(path: Path, byte: int) -> bool:

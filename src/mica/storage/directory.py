@@ -22,7 +22,7 @@ from mica.model.image import DiskFormat, Firmware
 from mica.model.units import Bytes, format_size
 from mica.model.vm import NVRAM, DiskSpec, check_name
 from mica.ports.volumes import Volume
-from mica.storage.chain import Record, compare, damaged, read_layer, require_unused
+from mica.storage.chain import Record, compare, damaged, read_layer, require_unused, written
 from mica.storage.files import (
     DEFAULT_RESERVE,
     file_system_size,
@@ -105,7 +105,9 @@ class DirectoryVolumes:
         running = directory / "running"
         unclean = running.exists()
         volumes = await together([self._ready(directory, disk, unclean) for disk in disks])
-        if unclean and (nvram := self._variables(directory)) is not None:
+        nvram = self._variables(directory) if unclean else None
+        # Where a machine runs on them, another is being got ready beside it; else :meth:`nvram` says who has them.
+        if nvram is not None and not written(nvram.path):
             await self._qemu_img.check(nvram.path, nvram.size)
         with naming(directory):
             if directory.exists() and not unclean:
