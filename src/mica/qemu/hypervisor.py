@@ -327,7 +327,8 @@ class QemuHypervisor:
 
     async def cleanup(self, vm_id: str, runtime: VmRuntime | None) -> None:
         directory = self._vm_dir / vm_id
-        known = {int(entry.name) for entry in directory.iterdir()} if directory.exists() else set()
+        entries = directory.iterdir() if directory.exists() else ()
+        known = {int(entry.name) for entry in entries if entry.name.isdigit()}
         if runtime is not None:
             known.add(runtime.incarnation)
         for number in sorted(known):
