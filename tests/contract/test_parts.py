@@ -465,3 +465,18 @@ async def test_the_record_of_a_layer_belongs_to_its_checksum(parts: DirectoryPar
     await parts.remove(PART)
     assert await parts.present() == set()
     assert os.listdir(record.parent) == []
+
+
+async def test_reading_can_be_held_to_a_rate_and_stopped(tmp_path: Path) -> None:
+    parts, source = DirectoryParts(tmp_path / "parts"), tmp_path / "made"
+    source.write_bytes(os.urandom(4 * MIB))
+    await parts.keep(PART, source)
+    seal = await parts.seal(PART, silent)
+    began = asyncio.get_running_loop().time()
+    await parts.verify(PART, seal.digest, silent, rate=Bytes(16 * MIB))
+    assert asyncio.get_running_loop().time() - began >= 0.25
+    reading = asyncio.ensure_future(parts.verify(PART, seal.digest, silent, rate=Bytes(1)))
+    await asyncio.sleep(0.1)
+    reading.cancel()  # at that rate it would take a month
+    await asyncio.wait([reading], timeout=8.0)
+    assert reading.cancelled()

@@ -121,6 +121,7 @@ def describe(view: VmView, now: float, snapshot: Snapshot | None = None, *, colo
             ("pending", _pending(view)),
             ("operations", "\n".join(view.operations)),
             ("image", view.image_name),
+            ("damaged", "\n".join(view.damaged)),
             ("fork of", view.forked_from),
             ("own by now", ", ".join(item.what for item in view.identity if item.done)),
             ("not yet own", "\n".join(_shared(item) for item in view.identity if not item.done)),

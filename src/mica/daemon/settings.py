@@ -31,6 +31,7 @@ SETTINGS: dict[str, str] = {
     "reserve": "memory that VMs never get; the larger of 512 MiB and 5 % of the host if not given",
     "trash": "how long deleted VMs can be restored; 7d if not given",
     "keep_operations": "how long ended operations are kept; 30d if not given",
+    "scrub": "bytes per second at which parts of snapshots are read again, to find damage; 32M if not given, 0: never",
     "log_level": "debug, info, warning or error; info if not given",
 }
 
@@ -55,6 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reserve: int | None = None
     trash_s: float = 7 * 86400.0
     keep_operations_s: float = 30 * 86400.0
+    scrub_rate: int = 32 * MIB
     log_level: str = "info"
 
     @property
@@ -132,6 +134,7 @@ def load(options: Mapping[str, str], environ: Mapping[str, str] = os.environ, ui
         reserve=parse_size(values["reserve"]) if values.get("reserve") else None,
         trash_s=parse_duration(values.get("trash", "7d")),
         keep_operations_s=parse_duration(values.get("keep_operations", "30d")),
+        scrub_rate=parse_size(values.get("scrub", "32M")),
         log_level=values.get("log_level", "info"),
     )
 

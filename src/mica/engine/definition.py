@@ -17,7 +17,7 @@ from mica.engine.admission import Candidate
 from mica.engine.records import Draft, Ledger, Records, Versioned
 from mica.model.errors import Problem
 from mica.model.operation import Actor, Operation
-from mica.model.units import MIB
+from mica.model.units import MIB, Bytes
 from mica.model.vm import Vm, VmStatus
 from mica.ports.clock import Clock
 from mica.ports.guests import Guests
@@ -68,12 +68,15 @@ class Policy:
     """What an administrator may tune. Sizes in bytes, times in seconds.
 
     ``reserve`` is memory that VMs never get, so that the host need not kill anything; ``uid_base`` is the first user
-    id of jailed machines (``None``: no privileges to change user), to which a VM's slot is added.
+    id of jailed machines (``None``: no privileges to change user), to which a VM's slot is added. Each part of a
+    snapshot is read again after ``scrub_every_s``, at ``scrub_rate`` bytes per second (0: never).
     """
 
     reserve: int = 512 * MIB
     trash_s: float = 7 * 86400.0
     operation_retention_s: float = 30 * 86400.0
+    scrub_rate: Bytes = Bytes(32 * MIB)
+    scrub_every_s: float = 7 * 86400.0
     inbox_capacity: int = 16
     uid_base: int | None = None
 

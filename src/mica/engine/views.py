@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from mica.engine.damage import read_parts, vm_roots, wrong
 from mica.engine.definition import Env
 from mica.engine.operations.vm_create import find_image
 from mica.engine.records import ImageRow, Records, Versioned
@@ -118,7 +119,9 @@ class Views:
         self._records = env.records
         self._engine = engine
 
-    def _vm_view(self, vm: Versioned[Vm], status: VmStatus, operations: tuple[str, ...], usage: VmUsage) -> VmView:
+    def _vm_view(
+        self, vm: Versioned[Vm], status: VmStatus, operations: tuple[str, ...], usage: VmUsage, parts: Mapping[str, Part]
+    ) -> VmView:
         value, runtime = vm.value, status.runtime
         return VmView(
             id=value.id,
@@ -144,6 +147,7 @@ class Views:
             snapshot=value.snapshot,
             forked_from=value.forked_from,
             identity=status.identity,
+            damaged=wrong(parts, vm_roots(value, status)),
         )
 
     def _active(self, vm_id: str) -> tuple[str, ...]:
@@ -155,7 +159,7 @@ class Views:
         vm = await self._records.vms.need(vm_id)
         status = (await self._records.statuses.need(vm_id)).value
         usage = replace(self._engine.sampler.usage(vm_id), disk=await self._env.volumes.usage(vm_id))
-        return self._vm_view(vm, status, self._active(vm_id), usage)
+        return self._vm_view(vm, status, self._active(vm_id), usage, await read_parts(self._env))
 
     async def vms(
         self, *, after: str = "", limit: int = 100, trashed: bool = False, labels: dict[str, str] | None = None
@@ -166,6 +170,7 @@ class Views:
         revision = await self._records.store.revision()
         vms = await self._records.vms.scan(after=after)
         statuses = await self._records.statuses.scan(after=after)
+        parts = await read_parts(self._env)
         items: list[VmView] = []
         following = ""
         for vm_id, vm in vms.items():
@@ -177,7 +182,7 @@ class Views:
                 following = items[-1].id
                 break
             usage = self._engine.sampler.usage(vm_id)
-            items.append(self._vm_view(vm, statuses[vm_id].value, self._active(vm_id), usage))
+            items.append(self._vm_view(vm, statuses[vm_id].value, self._active(vm_id), usage, parts))
         return VmPage(revision=revision, next=following, items=tuple(items))
 
     async def running(self) -> dict[str, tuple[str, VmRuntime]]:
@@ -335,4 +340,4 @@ class Views:
         vm, status = await self._records.vms.get(id_), await self._records.statuses.get(id_)
         if vm is None or status is None:
             return None
-        return self._vm_view(vm, status.value, self._active(id_), self._engine.sampler.usage(id_))
+        return self._vm_view(vm, status.value, self._active(id_), self._engine.sampler.usage(id_), await read_parts(self._env))

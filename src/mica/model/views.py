@@ -59,7 +59,8 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     ``operations`` are the ids of operations that are queued or running. ``reduced`` says in words what this VM does
     not get on this host, the jail being its only boundary under TCG among them. ``snapshot`` is the id of the snapshot
     that its present state descends from, ``forked_from`` the name of the VM that it began as a copy of; ``identity``
-    tells what a copy has of its own by now, and what it shares with that VM still.
+    tells what a copy has of its own by now, and what it shares with that VM still. ``damaged`` says what a check found
+    wrong with the layers of snapshots that its disks lie over, and with the memory that it shares.
     """
 
     id: str
@@ -85,6 +86,7 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: str = ""
     forked_from: str = ""
     identity: Report = ()
+    damaged: tuple[str, ...] = ()
 
 
 class SnapshotCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -40,8 +40,11 @@ class Parts(Protocol):
     async def seal(self, part_id: str, report: Callable[[float], None]) -> Seal:
         """Bring the file to disk (fsync), make it read-only and checksum it. ``report`` is told 0.0 to 1.0."""
 
-    async def verify(self, part_id: str, digest: str, report: Callable[[float], None]) -> None:
-        """Raises ``corrupt`` when the content differs from ``digest``, ``not-found`` when it is gone."""
+    async def verify(
+        self, part_id: str, digest: str, report: Callable[[float], None], *, rate: Bytes | None = None
+    ) -> None:
+        """Read no more than ``rate`` bytes in a second. Raises ``corrupt`` when the content differs from ``digest``,
+        ``not-found`` when it is gone."""
 
     async def remove(self, part_id: str) -> None: ...
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from mica.engine.damage import check, closure, read_parts
 from mica.engine.definition import Context, Definition, NoParams, Proposal, Step
 from mica.engine.records import Claim, Draft, Versioned
 from mica.engine.snapshots import in_use, sweep
@@ -136,11 +137,8 @@ async def verify(context: Context) -> dict[str, Any]:
     """Read every part that the snapshot consists of, down to the image, and compare it with its checksum."""
     env, id_ = context.env, context.operation.target.partition("/")[2]
     snapshot = (await env.records.snapshots.need(id_)).value
-    rows = {part_id: row.value for part_id, row in (await env.records.parts.scan()).items()}
-    wanted = list(dict.fromkeys(snapshot.parts))
-    for part_id in wanted:
-        if part_id in rows and rows[part_id].base and rows[part_id].base not in wanted:
-            wanted.append(rows[part_id].base)
+    rows = await read_parts(env)
+    wanted = closure(rows, snapshot.parts)
     damaged = {}
     for number, part_id in enumerate(wanted):
         part = rows.get(part_id)
@@ -150,18 +148,8 @@ async def verify(context: Context) -> dict[str, Any]:
         def report(fraction: float, number: int = number, part: Part = part) -> None:
             context.report((number + fraction) / len(wanted), f"reading {part.kind} {part.name}".strip())
 
-        found = ""
-        try:
-            await env.parts.verify(part_id, part.digest, report)
-        except MicaError as error:
-            if error.code not in (Code.CORRUPT, Code.NOT_FOUND):
-                raise
-            found = damaged[part_id] = error.message
-        now = env.clock.now()
-        await env.records.parts.update(
-            part_id,
-            lambda p, found=found, now=now: replace(p, damaged=found, verified_at=now),  # type: ignore[misc]
-        )
+        if found := await check(env, part, report):
+            damaged[part_id] = found
     return {"parts": len(wanted), "damaged": damaged}
 
 

@@ -9,6 +9,7 @@ import msgspec
 import structlog
 
 from mica.engine.admission import admit, with_room
+from mica.engine.damage import explained, sound
 from mica.engine.definition import Context, Env, Proposal, Step
 from mica.engine.operations.quiescing import let_go
 from mica.engine.records import Ledger, Reservation
@@ -114,9 +115,18 @@ async def undo_begin(context: Context) -> None:
 
 async def prepare(context: Context) -> list[Volume]:
     vm = await _vm(context)
-    owner = context.env.policy.owner(vm.slot)
-    volumes = list(await context.env.volumes.prepare(vm.id, vm.spec.disks, owner))
-    nvram = await context.env.volumes.nvram(vm.id, vm.spec.firmware, owner)
+    try:
+        return await prepared(context.env, vm)
+    except MicaError as error:
+        raise await explained(context.env, vm, error) from error
+
+
+async def prepared(env: Env, vm: Vm) -> list[Volume]:
+    """The VM's volumes, ready for a machine. Raises ``corrupt``, ``not-found`` when it cannot start from them."""
+    await sound(env, vm)
+    owner = env.policy.owner(vm.slot)
+    volumes = list(await env.volumes.prepare(vm.id, vm.spec.disks, owner))
+    nvram = await env.volumes.nvram(vm.id, vm.spec.firmware, owner)
     return [*volumes, nvram] if nvram else volumes
 
 

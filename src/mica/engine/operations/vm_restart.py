@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from mica.engine.damage import unmarked
 from mica.engine.definition import Definition, Proposal
 from mica.engine.operations.starting import PROMISE, START, reserve
 from mica.engine.operations.stopping import STOP
@@ -16,6 +17,7 @@ from mica.model.vm import Power
 async def plan(proposal: Proposal) -> None:
     assert proposal.vm is not None
     vm = proposal.vm.value
+    await unmarked(proposal.env, vm)  # before it is stopped
     await reserve(proposal, vm, overcommit=False)
     wanted = msgspec.structs.replace(vm, intent=Power.RUNNING)
     proposal.draft.put(proposal.env.records.vms, vm.id, wanted, proposal.vm.generation)

@@ -24,6 +24,7 @@ from mica.engine.reconcilers import (
     leftovers,
     parts,
     retention,
+    scrub,
     thaw,
     trash,
     usage,
@@ -39,6 +40,8 @@ log = structlog.get_logger()
 
 # No round may take longer; what it has not come to is the next one's. Seconds.
 ROUND_S = 600.0
+# Reading slowly what is large takes its time.
+SCRUB_S = 86400.0
 
 
 class LoopStatus(msgspec.Struct, frozen=True):
@@ -51,10 +54,16 @@ class LoopStatus(msgspec.Struct, frozen=True):
 
 
 class Loop:
-    """Runs ``work`` every ``period_s`` seconds, first after ``first_s``."""
+    """Runs ``work`` every ``period_s`` seconds, first after ``first_s``; a round ends after ``round_s``."""
 
     def __init__(
-        self, name: str, work: Callable[[], Awaitable[str]], clock: Clock, period_s: float, first_s: float
+        self,
+        name: str,
+        work: Callable[[], Awaitable[str]],
+        clock: Clock,
+        period_s: float,
+        first_s: float,
+        round_s: float = ROUND_S,
     ) -> None:
         self.name = name
         self.status = LoopStatus()
@@ -62,13 +71,14 @@ class Loop:
         self._clock = clock
         self._period_s = period_s
         self._first_s = first_s
+        self._round_s = round_s
 
     async def once(self) -> None:
         try:
-            async with within(self._clock, ROUND_S):
+            async with within(self._clock, self._round_s):
                 said, failed = await self.work(), ""
         except (MicaError, TimeoutError) as error:
-            said, failed = "", str(error) or f"a round took longer than {format_duration(ROUND_S)}"
+            said, failed = "", str(error) or f"a round took longer than {format_duration(self._round_s)}"
             log.warning("reconciler", name=self.name, error=failed)
         except Exception as error:  # the root of this task: the next round is the retry
             said, failed = "", f"{type(error).__name__}: {error}"
@@ -96,6 +106,7 @@ def make_loops(env: Env, engine: Engine) -> list[Loop]:
         Loop("parts", lambda: parts.reconcile(env), env.clock, 60.0, 3.0),
         Loop("identity", lambda: identity.reconcile(env, engine), env.clock, 2.0, 0.5),
         Loop("thaw", lambda: thaw.reconcile(env, engine), env.clock, 2.0, 0.5),
+        Loop("scrub", lambda: scrub.reconcile(env), env.clock, 300.0, 120.0, SCRUB_S),
         Loop("trash", lambda: trash.reconcile(env, engine), env.clock, 60.0, 10.0),
         Loop("retention", lambda: retention.reconcile(env), env.clock, 600.0, 20.0),
         Loop("actors", lambda: actors.reconcile(engine), env.clock, 30.0, 30.0),
