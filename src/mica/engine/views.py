@@ -120,7 +120,12 @@ class Views:
         self._engine = engine
 
     def _vm_view(
-        self, vm: Versioned[Vm], status: VmStatus, operations: tuple[str, ...], usage: VmUsage, parts: Mapping[str, Part]
+        self,
+        vm: Versioned[Vm],
+        status: VmStatus,
+        operations: tuple[str, ...],
+        usage: VmUsage,
+        parts: Mapping[str, Part],
     ) -> VmView:
         value, runtime = vm.value, status.runtime
         return VmView(
@@ -340,4 +345,6 @@ class Views:
         vm, status = await self._records.vms.get(id_), await self._records.statuses.get(id_)
         if vm is None or status is None:
             return None
-        return self._vm_view(vm, status.value, self._active(id_), self._engine.sampler.usage(id_), await read_parts(self._env))
+        return self._vm_view(
+            vm, status.value, self._active(id_), self._engine.sampler.usage(id_), await read_parts(self._env)
+        )

@@ -116,14 +116,16 @@ class DirectoryParts:
             digest = await _digest(path, report)
             return Seal(Bytes(path.stat().st_blocks * 512), digest)
 
-    async def verify(self, part_id: str, digest: str, report: Callable[[float], None]) -> None:
+    async def verify(
+        self, part_id: str, digest: str, report: Callable[[float], None], *, rate: Bytes | None = None
+    ) -> None:
         path = self.path(part_id)
         if not path.exists():
             raise not_found("part", str(path), hint="go back to another snapshot: mica snapshot list")
         with naming(path):
             try:
                 await in_thread(_forget_cached, path)
-                found = await _digest(path, report)
+                found = await _digest(path, report, rate)
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
@@ -247,17 +249,17 @@ def _read_rest(descriptor: int, block: memoryview, at: int, length: int) -> int:
     return length
 
 
-async def _digest(path: Path, report: Callable[[float], None]) -> str:
+async def _digest(path: Path, report: Callable[[float], None], rate: Bytes | None = None) -> str:
     """The checksum of a file and its record. ``report`` is called in the event loop."""
     loop, stop = asyncio.get_running_loop(), threading.Event()
 
     def tell(fraction: float) -> None:
         loop.call_soon_threadsafe(report, fraction)
 
-    return await in_thread(_digest_now, path, tell, stop, stop=stop)
+    return await in_thread(_digest_now, path, tell, stop, rate, stop=stop)
 
 
-def _digest_now(path: Path, tell: Callable[[float], None], stop: threading.Event) -> str:
+def _digest_now(path: Path, tell: Callable[[float], None], stop: threading.Event, rate: Bytes | None) -> str:
     hasher = blake3(max_threads=_THREADS)
     about = layer_record(path.parent, path.name)
     record = about.read_bytes() if about.exists() else b""
@@ -270,6 +272,8 @@ def _digest_now(path: Path, tell: Callable[[float], None], stop: threading.Event
         for at, block in _blocks(descriptor, stop):
             hasher.update(at.to_bytes(8, "little"))
             hasher.update(block)
+            if rate:
+                stop.wait(len(block) / rate)  # which ends at once when it is to stop
             if (now := at * _REPORTS // size) > said:
                 said = now
                 tell(at / size)

@@ -211,8 +211,12 @@ class SimulatedParts:
             report(1.0)
             return Seal(Bytes(_ALLOCATED), _digest(file))
 
-    async def verify(self, part_id: str, digest: str, report: Callable[[float], None]) -> None:
+    async def verify(
+        self, part_id: str, digest: str, report: Callable[[float], None], *, rate: Bytes | None = None
+    ) -> None:
         async with self._faults.around("parts.verify"):
+            if rate:
+                await self._world.clock.sleep(_ALLOCATED / rate)
             found = _digest(self._file(part_id))
             report(1.0)
             if found != digest:
