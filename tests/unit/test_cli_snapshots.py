@@ -51,7 +51,7 @@ def test_a_snapshot_through_its_life(api: Served, run: Any) -> None:
     assert made.out == "clean of web is complete, 50 MiB, with memory, web stood still for 90 ms\n"
     assert run("snapshot", "create", "web", "clean").status == TABLE[Code.EXISTS].exit_status
     shown = run("snapshot", "show", "web", "clean").out
-    for text in ("name:", "clean", "web goes on from here", "90 ms", "before the upgrade", "QEMU 7.2.0"):
+    for text in ("name:", "clean", "web goes on from here", "90 ms", "before the upgrade", "QEMU build 7.2.0"):
         assert text in shown
     assert run("snapshot", "rename", "web", "clean", "fresh").out == "clean is fresh now\n"
     assert run("snapshot", "describe", "web", "fresh", "as installed").out == "fresh is described\n"

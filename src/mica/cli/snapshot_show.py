@@ -159,7 +159,9 @@ def describe(view: SnapshotView, known: dict[str, str], now: float, *, colour: b
             ("forks", "\n".join(view.forks)),
             ("size", size(view.size)),
             ("memory", _memory(snapshot)),
-            ("machine", f"{snapshot.spec.cpus} vCPUs, {size(snapshot.spec.memory)}, {snapshot.spec.firmware}"),
+            ("machine", f"{snapshot.spec.machine}, {snapshot.spec.firmware}"),
+            ("vCPUs", str(snapshot.spec.cpus)),
+            ("RAM", size(snapshot.spec.memory)),
             ("disks", ", ".join(sorted(snapshot.disks))),
             ("pause", "" if snapshot.pause_s is None else f"{snapshot.pause_s * 1000:.0f} ms"),
             ("verified", "" if view.verified_at is None else f"{age(view.verified_at, now)} ago"),
@@ -173,4 +175,4 @@ def _memory(snapshot: Snapshot) -> str:
     if snapshot.memory is None:
         return "no: restored, it is stopped"
     build = snapshot.memory.build
-    return f"yes, for QEMU {build.qemu}, {build.machine}, CPU {build.cpu}, {build.accelerator}"
+    return f"yes, for {build.machine}, CPU {build.cpu}, {build.accelerator}, QEMU build {build.qemu}"
