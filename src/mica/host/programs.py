@@ -48,8 +48,11 @@ async def ask(
     env: Mapping[str, str] = CLEAN_ENVIRONMENT,
     pass_fds: Sequence[int] = (),
     max_output: int = MAX_OUTPUT,
+    farewell: tuple[bytes, bytes] | None = None,
 ) -> Answer:
     """Run ``argv`` (``argv[0]`` is a path) to its end, in a session of its own.
+
+    ``farewell`` is what is written to its standard input last, once something is in its output: ``(what, then)``.
 
     When this returns or raises, also on cancellation, the program and its process group are killed and reaped.
     One that hangs in the kernel, where no signal reaches it, is left to its fate after another five seconds.
@@ -72,11 +75,13 @@ async def ask(
     assert process.stdout is not None
     assert process.stderr is not None
     out, err = bytearray(), bytearray()
+    until, last = farewell or (b"", b"")
+    heard = asyncio.Event()
     try:
         async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
-            group.create_task(_feed(process, stdin))
-            for stream, into in ((process.stdout, out), (process.stderr, err)):
-                group.create_task(_take(stream, into, argv[0], max_output))
+            group.create_task(_feed(process, stdin, heard, last))
+            group.create_task(_take(process.stdout, out, argv[0], max_output, until, heard))
+            group.create_task(_take(process.stderr, err, argv[0], max_output))
     except TimeoutError as error:
         said = out[-4000:].decode(errors="replace")
         raise MicaError(
@@ -90,21 +95,38 @@ async def ask(
     return Answer(process.returncode, bytes(out), bytes(err))
 
 
-async def _feed(process: asyncio.subprocess.Process, data: bytes) -> None:
+async def _feed(process: asyncio.subprocess.Process, data: bytes, heard: asyncio.Event, last: bytes) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not read what it does not want
         process.stdin.write(data)
         await process.stdin.drain()
+        if last:
+            await heard.wait()
+            process.stdin.write(last)
+            await process.stdin.drain()
         process.stdin.close()
         await process.stdin.wait_closed()
     await process.wait()
 
 
-async def _take(stream: asyncio.StreamReader, into: bytearray, name: str, limit: int) -> None:
+async def _take(
+    stream: asyncio.StreamReader,
+    into: bytearray,
+    name: str,
+    limit: int,
+    until: bytes = b"",
+    heard: asyncio.Event | None = None,
+) -> None:
+    """Read to the end; ``heard`` is set when ``until`` has come, and at the end."""
     while chunk := await stream.read(65536):
+        since = max(0, len(into) - len(until))
         into += chunk
         if len(into) > limit:
             raise MicaError(Code.COMMAND_FAILED, f"{name} wrote more than {limit} bytes", details={"limit": limit})
+        if heard is not None and until in into[since:]:
+            heard.set()
+    if heard is not None:
+        heard.set()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -217,9 +217,11 @@ def _broken(path: Path, what: str, words: str = "") -> MicaError:
     return MicaError(Code.HOST_LACKS, f"{path} {what}{said}", hint=HINT, details={"path": str(path)})
 
 
-async def _run(path: Path, arguments: Iterable[str], stdin: bytes, timeout_s: float) -> Answer:
+async def _run(
+    path: Path, arguments: Iterable[str], stdin: bytes, timeout_s: float, farewell: tuple[bytes, bytes] | None = None
+) -> Answer:
     try:
-        return await ask([str(path), *arguments], stdin=stdin, timeout_s=timeout_s)
+        return await ask([str(path), *arguments], stdin=stdin, timeout_s=timeout_s, farewell=farewell)
     except MicaError as error:
         raise MicaError(Code.HOST_LACKS, error.message, hint=HINT, details={"path": str(path)}) from error
 
@@ -237,12 +239,17 @@ _QUESTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 async def _converse(path: Path, timeout_s: float) -> dict[str, Any]:
-    """All questions at once on standard input, all answers at the end: QMP executes commands in order."""
+    """All questions at once on standard input: QMP executes commands in order.
+
+    It is told to quit when the last answer is here: QEMU does not wait for a reader that is behind.
+    """
     lines = [{"execute": verb, "arguments": arguments, "id": key} for key, verb, arguments in _QUESTIONS]
     quit_line = {"execute": "quit", "id": "quit"}
-    text = b"".join(msgspec.json.encode(line) + b"\n" for line in (*lines, quit_line))
+    text = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+    answered = b'"id": ' + msgspec.json.encode(lines[-1]["id"])
+    farewell = (answered, msgspec.json.encode(quit_line) + b"\n")
     arguments = ("-M", "none", "-nodefaults", "-no-user-config", "-S", "-display", "none", "-qmp", "stdio")
-    answer = await _run(path, arguments, text, timeout_s)
+    answer = await _run(path, arguments, text, timeout_s, farewell)
     answers: dict[str, Any] = {}
     try:
         for line in answer.out.splitlines():
