@@ -57,7 +57,7 @@ import json, sys
 if "-netdev" in sys.argv:
     print("Available netdev backend types:\\nstream\\nuser")
     sys.exit()
-say = lambda **message: print(json.dumps(message))
+say = lambda **message: print(json.dumps(message), flush=True)
 say(QMP={{"version": {{"qemu": {{"major": 11, "minor": 0, "micro": 1}}, "package": ""}}, "capabilities": []}})
 answers = {{
     "query-machines": [{{"name": "pc-q35-11.0", "alias": "q35"}}, {{"name": "microvm"}}],
