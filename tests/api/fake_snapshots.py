@@ -160,7 +160,9 @@ class FakeSnapshots(FakeGuests, ABC):
             **{"state": OperationState.SUCCEEDED, **more},
         )
 
-    async def restore(self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor) -> Operation:
+    async def restore(
+        self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor, idempotency_key: str = ""
+    ) -> Operation:
         self.asked.append(("restore", vm, snapshot, params, by))
         view, found = await self.vm(vm), await self.snapshot(vm, snapshot)
         if params.keep:
@@ -170,7 +172,7 @@ class FakeSnapshots(FakeGuests, ABC):
         await self._put(replace(back, observed=replace(view.observed, state=state)))
         return await self._job(self._operation("snapshot.restore", view, params, by))
 
-    async def fork(self, vm: str, params: VmFork, *, by: Actor) -> ForkAccepted:
+    async def fork(self, vm: str, params: VmFork, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
         self.asked.append(("fork", vm, params.snapshot, params, by))
         view, freeze = await self.vm(vm), None
         if not 1 <= params.count <= 100:

@@ -13,6 +13,7 @@ from structlog.testing import LogCapture
 
 from mica.api.app import create_app
 from mica.api.auth import Access, Peer
+from mica.engine.forking import fork, restore
 from mica.model.operation import Actor, Operation
 from mica.model.views import ForkAccepted, SnapshotPage, SnapshotRestore, SnapshotView, VmFork, VmView
 from mica.testing.harness import Life
@@ -31,11 +32,13 @@ class OverEngine(FakeEngine):
     async def submit(self, verb: str, target: str, params: msgspec.Struct, **how: Any) -> Operation:
         return await self._engine.submit(verb, target, params, **how)
 
-    async def restore(self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor) -> Operation:
-        return await self._engine.restore(vm, snapshot, params, by=by)
+    async def restore(
+        self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor, idempotency_key: str = ""
+    ) -> Operation:
+        return await restore(self._engine, vm, snapshot, params, by=by, idempotency_key=idempotency_key)
 
-    async def fork(self, vm: str, params: VmFork, *, by: Actor) -> ForkAccepted:
-        return await self._engine.fork(vm, params, by=by)
+    async def fork(self, vm: str, params: VmFork, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
+        return await fork(self._engine, vm, params, by=by, idempotency_key=idempotency_key)
 
     async def vm(self, ref: str) -> VmView:
         return await self._engine.views.vm(ref)

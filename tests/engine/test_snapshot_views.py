@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from mica.engine.definition import NoParams
+from mica.engine.forking import fork, restore
 from mica.engine.operations.snapshot_create import Take
 from mica.engine.records import Draft
 from mica.model.errors import Code, MicaError
@@ -78,7 +79,7 @@ async def test_the_moment_at_which_forks_begin_is_not_told_unless_asked() -> Non
     async with living() as life:
         await create(life, "a", start=True)
         await life.advance(5.0)
-        accepted = await life.engine.fork("a", VmFork(count=2, name="w"), by=BY)
+        accepted = await fork(life.engine, "a", VmFork(count=2, name="w"), by=BY)
         views = life.engine.views
         (moment,) = (await views.snapshots("a", forks=True)).items
         assert (moment.snapshot.kind, moment.complete) == (SnapshotKind.FORK, False)
@@ -95,7 +96,7 @@ async def test_a_snapshot_names_the_vms_that_began_at_it() -> None:
         await create(life, "a", start=True)
         await life.advance(5.0)
         seen = await snapshot(life, "a", "clean")
-        await life.engine.fork("a", VmFork(count=2, name="w", snapshot="clean"), by=BY)
+        await fork(life.engine, "a", VmFork(count=2, name="w", snapshot="clean"), by=BY)
         await life.rest()
         assert (await life.engine.views.snapshot("a", "clean")).forks == ("w-1", "w-2")
         assert (await life.engine.views.vm("w-2")).snapshot == seen.snapshot.id
@@ -107,7 +108,7 @@ async def test_going_back_and_every_verb_are_seen() -> None:
         await life.advance(5.0)
         clean = await snapshot(life, "a", "clean")
         await life.advance(1.0)
-        operation = await life.engine.restore("a", "clean", SnapshotRestore(), by=BY)
+        operation = await restore(life.engine, "a", "clean", SnapshotRestore(), by=BY)
         await life.finish(operation.id)
         views = life.engine.views
         first, second = (await views.snapshots("a")).items

@@ -45,10 +45,12 @@ class Verbs(Protocol):
         """``target`` is a VM's id, the unique beginning of one, or its name; an image's name or digest; a snapshot's
         id; or empty."""
 
-    async def restore(self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor) -> Operation:
+    async def restore(
+        self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor, idempotency_key: str = ""
+    ) -> Operation:
         """Bring a VM back to a snapshot of it, which is named as in :meth:`Reads.snapshot`."""
 
-    async def fork(self, vm: str, params: VmFork, *, by: Actor) -> ForkAccepted:
+    async def fork(self, vm: str, params: VmFork, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
         """Running copies of a VM, as it is or as it was at a snapshot."""
 
     async def cancel(self, operation_id: str, *, by: Actor) -> Operation: ...

@@ -15,6 +15,7 @@ import structlog
 from mica import __version__
 from mica.daemon.settings import Settings
 from mica.engine.engine import Engine
+from mica.engine.forking import fork, restore
 from mica.guest.copy import Copies, CopySummary
 from mica.guest.sessions import ExecSessions
 from mica.host.facts import read_facts
@@ -90,11 +91,13 @@ class Service:
             verb, target, params, by=by, if_match=if_match, idempotency_key=idempotency_key
         )
 
-    async def restore(self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor) -> Operation:
-        return await self._engine.restore(vm, snapshot, params, by=by)
+    async def restore(
+        self, vm: str, snapshot: str, params: SnapshotRestore, *, by: Actor, idempotency_key: str = ""
+    ) -> Operation:
+        return await restore(self._engine, vm, snapshot, params, by=by, idempotency_key=idempotency_key)
 
-    async def fork(self, vm: str, params: VmFork, *, by: Actor) -> ForkAccepted:
-        return await self._engine.fork(vm, params, by=by)
+    async def fork(self, vm: str, params: VmFork, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
+        return await fork(self._engine, vm, params, by=by, idempotency_key=idempotency_key)
 
     async def cancel(self, operation_id: str, *, by: Actor) -> Operation:
         return await self._engine.cancel((await self._views.operation(operation_id)).id, by=by)

@@ -15,8 +15,6 @@ from mica.engine.actor import HALFWAY, Actor, VmActor, requests
 from mica.engine.deadline import within
 from mica.engine.definition import Definition, Env, Ports, Proposal
 from mica.engine.inbox import decide
-from mica.engine.operations.snapshot_create import Take
-from mica.engine.operations.snapshot_restore import Revert
 from mica.engine.reconcilers import make_loops
 from mica.engine.reconcilers.trash import has_done_its_work
 from mica.engine.records import MAX_ATTEMPTS, Claim, Draft, Versioned, contended
@@ -27,10 +25,9 @@ from mica.engine.views import Views
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Actor as By
 from mica.model.operation import Operation, OperationState
-from mica.model.snapshot import SnapshotKind
 from mica.model.transitions import LIVE, Answer, VmVerb
 from mica.model.units import format_duration
-from mica.model.views import ForkAccepted, SnapshotRestore, VmCreate, VmDelete, VmFork
+from mica.model.views import VmDelete
 from mica.ports.hypervisor import Machine, StatefulMachine
 from mica.ports.store import ABSENT, Conflict
 
@@ -39,9 +36,6 @@ replace = msgspec.structs.replace
 
 # How long judging a request may take; asking QEMU for the first time what it can do is a part of that. Seconds.
 PLAN_S = 120.0
-
-# Copies that one request may ask for.
-MAX_FORKS = 100
 
 ENGINE = By("mica", "engine")
 
@@ -323,41 +317,6 @@ class Engine:
                 hint="wait for some of them: `mica operation list`",
                 retryable=True,
             )
-
-    async def fork(self, ref: str, body: VmFork, *, by: By) -> ForkAccepted:
-        """Running copies of a VM: as it is now, or as it was at a snapshot. Raises every code that refuses either."""
-        if not 1 <= body.count <= MAX_FORKS:
-            raise MicaError(Code.INVALID, f"{body.count} copies; one request makes 1 to {MAX_FORKS}")
-        vm_id = await self.env.records.resolve_vm(ref)
-        freeze = None
-        if body.snapshot:
-            snapshot_id = await self.env.records.resolve_snapshot(vm_id, body.snapshot)
-        else:
-            freeze = await self.submit("snapshot.create", vm_id, Take(kind=SnapshotKind.FORK), by=by)
-            snapshot_id = str(freeze.params["snapshot_id"])
-        operations: list[Operation] = []
-        try:
-            for number in range(1, body.count + 1):
-                name = f"{body.name}-{number}" if body.name and body.count > 1 else body.name
-                wanted = VmCreate(name=name, snapshot=snapshot_id, start=True, overcommit=body.overcommit)
-                operations.append(await self.submit("vm.create", "", wanted, by=by))
-        except MicaError:
-            # All or none: what was accepted is taken back, and so is the parent's pause for it.
-            for operation in operations:
-                await self.cancel(operation.id, by=by)
-            raise
-        return ForkAccepted(operations=tuple(operations), freeze=freeze)
-
-    async def restore(self, ref: str, snapshot_ref: str, body: SnapshotRestore, *, by: By) -> Operation:
-        """A VM back to one of its snapshots; the present state becomes one first, if that is wanted."""
-        vm_id = await self.env.records.resolve_vm(ref)
-        snapshot_id = await self.env.records.resolve_snapshot(vm_id, snapshot_ref)
-        needs = ""
-        if body.keep:
-            kept = await self.submit("snapshot.create", vm_id, Take(kind=SnapshotKind.SAFETY), by=by)
-            needs = str(kept.params["snapshot_id"])
-        back = Revert(snapshot=snapshot_id, needs=needs, memory=body.memory, overcommit=body.overcommit)
-        return await self.submit("snapshot.restore", vm_id, back, by=by)
 
     async def cancel(self, operation_id: str, *, by: By) -> Operation:
         """Ask an operation to stop and undo what it did. Raises ``state-conflict`` when it has ended already."""

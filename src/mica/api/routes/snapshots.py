@@ -8,7 +8,7 @@ from litestar import Response, delete, get, patch, post
 from litestar.params import JSONBody, PathParameter, QueryParameter
 
 from mica.api.facade import Facade
-from mica.api.params import ActorDep, EngineDep, Terms, TermsDep, VmRef, submit
+from mica.api.params import EngineDep, Terms, TermsDep, VmRef, submit
 from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
 from mica.model.errors import Code, MicaError
@@ -99,15 +99,15 @@ async def verify(
 
 @post(f"{SNAPSHOT}/restore", status_code=202, summary="Bring a VM back to a snapshot", operation_id="snapshot_restore")
 async def restore(
-    engine: EngineDep, actor: ActorDep, vm: VmRef, snapshot: Ref, data: JSONBody[SnapshotRestore] = RESTORE
+    engine: EngineDep, terms: TermsDep, vm: VmRef, snapshot: Ref, data: JSONBody[SnapshotRestore] = RESTORE
 ) -> Response[Operation]:
-    operation = await engine.restore(vm, snapshot, data, by=actor)
+    operation = await engine.restore(vm, snapshot, data, by=terms.by, idempotency_key=terms.idempotency_key)
     return Response(operation, headers={"Location": f"/v1/operations/{operation.id}"})
 
 
 @post("/v1/vms/{vm:str}/fork", status_code=202, summary="Make running copies of a VM", operation_id="vm_fork")
-async def fork(engine: EngineDep, actor: ActorDep, vm: VmRef, data: JSONBody[VmFork] = FORK) -> ForkAccepted:
-    return await engine.fork(vm, data, by=actor)
+async def fork(engine: EngineDep, terms: TermsDep, vm: VmRef, data: JSONBody[VmFork] = FORK) -> ForkAccepted:
+    return await engine.fork(vm, data, by=terms.by, idempotency_key=terms.idempotency_key)
 
 
 HANDLERS = [list_all, list_of_vm, create, show, change, remove, verify, restore, fork]
