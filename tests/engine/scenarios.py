@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mica.engine.definition import NoParams
+from mica.engine.operations.snapshot_create import Take
 from mica.model.image import DebianRecipe, MicroRecipe
 from mica.model.operation import OperationState
 from mica.model.units import GIB, MIB, Bytes
@@ -89,6 +90,25 @@ async def _crashed(life: Life) -> str:
     life.rig.world.process("a").kill()
     await life.rest()
     return "a"
+
+
+async def _broken(life: Life) -> str:
+    """Its disk is damaged, and a snapshot of it is not."""
+    await _stopped(life)
+    vm_id = next(iter(await life.records.vms.scan()))
+    life.rig.world.write(vm_id, "data", "good")
+    await _succeed(life, "snapshot.create", "a", Take(name="good"))
+    life.rig.world.write(vm_id, "data", "lost")
+    life.rig.world.storage.there[life.rig.world.volumes[vm_id]["data"].path].damage = "a flipped bit"
+    return "a"
+
+
+async def _went_back(rig: Rig) -> None:
+    _, vm_id = await _vm(rig, "a")
+    await _is(S.RUNNING)(rig)
+    assert rig.world.content(vm_id, "data") == ("good",)
+    kept = next(r.value for r in (await rig.records.snapshots.scan()).values() if r.value.name == "damaged-1")
+    assert rig.world.storage.parts[kept.disks["data"]].tokens == ["lost"]
 
 
 async def _trashed(life: Life) -> str:
@@ -173,6 +193,15 @@ SCENARIOS: tuple[Scenario, ...] = (
         _is(S.RUNNING),
         restores=False,
         otherwise=frozenset({S.STOPPED, S.CRASHED}),
+    ),
+    Scenario(
+        "start-last-valid",
+        "vm.start",
+        VmStart(last_valid=True),
+        _broken,
+        _went_back,
+        restores=False,
+        otherwise=frozenset({S.STOPPED}),
     ),
     Scenario("stop", "vm.stop", VmStop(), _running, _is(S.STOPPED), restores=False, otherwise=DOWN),
     Scenario("stop-deaf", "vm.stop", VmStop(timeout_s=5.0), _deaf, _is(S.STOPPED), restores=False, otherwise=DOWN),

@@ -17,7 +17,7 @@ from mica.testing.harness import Life, Rig
 from tests.engine.worlds import create, do, living, refused
 
 DISK = DiskSpec(name="data", size=Bytes(GIB))
-SLOW = Policy(scrub_rate=Bytes(MIB), scrub_every_s=60.0)
+SLOW = Policy(scrub_rate=MIB, scrub_every_s=60.0)
 
 
 async def taken(life: Life, *names: str) -> dict[str, Snapshot]:

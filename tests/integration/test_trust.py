@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from mica.client import Client
 from mica.client.handle import VmHandle
+from mica.model.errors import Code, MicaError
+from mica.model.units import MIB, Bytes
+from mica.model.vm import DiskSpec, VmState
+from tests.integration.conftest import create
+from tests.integration.world import World
 
 pytestmark = pytest.mark.guest
 
@@ -20,3 +26,22 @@ async def test_a_quiesced_guest_goes_on(booted: VmHandle) -> None:
     await booted.restore_snapshot("still", keep=False)
     result = await booted.exec("echo", "here")
     assert result.stdout == b"here\n"
+
+
+async def test_a_damaged_disk_goes_back_to_the_last_valid_snapshot(shared_world: World, shared_client: Client) -> None:
+    vm = await create(shared_client, disks=(DiskSpec(name="data", size=Bytes(64 * MIB)),))
+    try:
+        await vm.snapshot("good")
+        (top,) = (shared_world.home / "volumes" / vm.id).glob("data*.qcow2")
+        with top.open("r+b") as file:
+            file.write(b"\0" * 512)
+        with pytest.raises(MicaError) as caught:
+            await vm.start()
+        assert caught.value.code is Code.CORRUPT
+        assert "last valid snapshot is good" in caught.value.message
+        await vm.start(last_valid=True)
+        assert (await vm.refresh()).observed.state is VmState.RUNNING
+        kept = next(s for s in await vm.snapshots() if s.snapshot.name == "damaged-1")
+        assert kept.damaged
+    finally:
+        await vm.remove()

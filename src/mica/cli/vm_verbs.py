@@ -21,6 +21,7 @@ async def start(
     *vms: VmArg,
     paused: Flag = False,
     overcommit: Flag = False,
+    last_valid: Flag = False,
     options: Options = DEFAULTS,
     ctx: Annotated[Context, Hidden],
 ) -> int:
@@ -36,10 +37,14 @@ async def start(
         Start with the vCPUs held: mica vm resume lets them go.
     overcommit
         Insist where the host's memory does not suffice.
+    last_valid
+        Where damage keeps it from starting, go back to its last valid snapshot; what is damaged is kept aside.
     """
-    return await _verb(
-        ctx, (vm, *vms), lambda c, ref: c.vms.start(ref, paused=paused, overcommit=overcommit, wait=False), cancel=True
-    )
+
+    def submit(client: Client, ref: str) -> Awaitable[Operation]:
+        return client.vms.start(ref, paused=paused, overcommit=overcommit, last_valid=last_valid, wait=False)
+
+    return await _verb(ctx, (vm, *vms), submit, cancel=True)
 
 
 async def stop(
@@ -185,4 +190,7 @@ async def _outcome(client: Client, operation: Operation) -> str:
             return f"{name} is deleted for good"
         raise
     observed = view.observed
-    return f"{view.name} is {observed.state}" + (f": {observed.reason}" if observed.reason else "")
+    text = f"{view.name} is {observed.state}" + (f": {observed.reason}" if observed.reason else "")
+    if back := operation.result.get("went_back_to"):
+        text += f"\nit went back to snapshot {back}; its damaged state is kept as {operation.result['kept_aside']}"
+    return text

@@ -63,11 +63,19 @@ class VmHandle:
         return self.view
 
     async def start(
-        self, *, paused: bool = False, overcommit: bool = False, on_progress: OnProgress | None = None
+        self,
+        *,
+        paused: bool = False,
+        overcommit: bool = False,
+        last_valid: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> Self:
-        """Raises ``insufficient-memory`` with the numbers and the ways out, ``qemu-failed`` with QEMU's words."""
+        """Raises ``insufficient-memory`` with the numbers and the ways out, ``qemu-failed`` with QEMU's words,
+        ``corrupt`` naming the last valid snapshot, to which ``last_valid`` goes back (what is damaged is kept)."""
         return await self._after(
-            await self._vms.start(self.id, paused=paused, overcommit=overcommit, on_progress=on_progress)
+            await self._vms.start(
+                self.id, paused=paused, overcommit=overcommit, last_valid=last_valid, on_progress=on_progress
+            )
         )
 
     async def stop(

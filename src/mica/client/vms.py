@@ -125,11 +125,16 @@ class Vms:
         *,
         paused: bool = False,
         overcommit: bool = False,
+        last_valid: bool = False,
         wait: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Operation:
-        """Raises ``insufficient-memory`` with the numbers and the ways out; ``overcommit`` insists."""
-        body = VmStart(paused=paused, overcommit=overcommit)
+        """Raises ``insufficient-memory`` with the numbers and the ways out; ``overcommit`` insists.
+
+        Raises ``corrupt``, ``not-found`` where a disk is damaged or missing. With ``last_valid`` the VM goes back to its
+        last valid snapshot then, what is damaged is kept, and the operation's ``result`` names both.
+        """
+        body = VmStart(paused=paused, overcommit=overcommit, last_valid=last_valid)
         return await self._act(ref, "start", body, wait, on_progress)
 
     async def stop(

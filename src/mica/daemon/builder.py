@@ -20,7 +20,6 @@ from mica.host.slices import HostSlices
 from mica.images.directory import DirectoryImages
 from mica.model.doctor import AcceleratorProof, DoctorReport
 from mica.model.errors import MicaError
-from mica.model.units import Bytes
 from mica.network import passt, proof, slirp
 from mica.network.user import UserNetworks
 from mica.qemu.accel import Accelerator
@@ -174,7 +173,7 @@ class Builder:
             reserve=default_reserve(memory) if s.reserve is None else s.reserve,
             trash_s=s.trash_s,
             operation_retention_s=s.keep_operations_s,
-            scrub_rate=Bytes(s.scrub_rate),
+            scrub_rate=s.scrub_rate,
             uid_base=USERS.first if self.root and not s.jail_off else None,
         )
 

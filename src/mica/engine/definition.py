@@ -17,7 +17,7 @@ from mica.engine.admission import Candidate
 from mica.engine.records import Draft, Ledger, Records, Versioned
 from mica.model.errors import Problem
 from mica.model.operation import Actor, Operation
-from mica.model.units import MIB, Bytes
+from mica.model.units import MIB
 from mica.model.vm import Vm, VmStatus
 from mica.ports.clock import Clock
 from mica.ports.guests import Guests
@@ -75,7 +75,7 @@ class Policy:
     reserve: int = 512 * MIB
     trash_s: float = 7 * 86400.0
     operation_retention_s: float = 30 * 86400.0
-    scrub_rate: Bytes = Bytes(32 * MIB)
+    scrub_rate: int = 32 * MIB
     scrub_every_s: float = 7 * 86400.0
     inbox_capacity: int = 16
     uid_base: int | None = None

@@ -197,10 +197,13 @@ class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class VmStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``paused`` leaves the vCPUs held; ``overcommit`` insists where memory does not suffice."""
+    """``paused`` leaves the vCPUs held; ``overcommit`` insists where memory does not suffice. ``last_valid``: a VM that
+    cannot start because of damage goes back to its last valid snapshot; what is damaged is kept aside as another one.
+    """
 
     paused: bool = False
     overcommit: bool = False
+    last_valid: bool = False
 
 
 class VmStop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

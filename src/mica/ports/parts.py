@@ -73,6 +73,10 @@ class Branches(Protocol):
         have two names.
         """
 
+    async def set_aside(self, vm_id: str, disk: str, part_id: str) -> None:
+        """As :meth:`freeze`, for a file that may be damaged: nothing of it is read or believed. Raises ``host-lacks``,
+        ``exists``. A disk that has no file any more is no error."""
+
     async def stage(self, vm_id: str, disk: DiskSpec, base: Path, owner: tuple[int, int] | None) -> Volume:
         """Make the file that the disk goes on with, an empty layer over ``base``, beside the present one.
 

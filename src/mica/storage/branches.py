@@ -85,6 +85,29 @@ class DirectoryBranches:
         with naming(part):
             await in_thread(_link, path, part, msgspec.structs.replace(record, generation=0))
 
+    async def set_aside(self, vm_id: str, disk: str, part_id: str) -> None:
+        """See the protocol. What the disk's record says that cannot be read goes with the file."""
+        directory, part = self._layout.directory(vm_id), part_path(self._parts, part_id)
+        about = self._layout.record_file(directory, disk)
+        with naming(part):
+            try:
+                record = self._layout.find(directory, disk)
+            except MicaError as error:
+                if error.code is not Code.CORRUPT:
+                    raise
+                record = None
+            path = self._layout.newest(directory, disk)
+            if record is not None:
+                path = self._layout.file(directory, disk, record)
+                record = msgspec.structs.replace(record, generation=0)
+            if path is not None and path.exists() and not part.exists():
+                await in_thread(_link, path, part, record)
+            if record is None and part.exists():  # nobody could go on from it, and it is in the way of what comes
+                if path is not None:
+                    path.unlink(missing_ok=True)
+                if about.exists():
+                    about.rename(layer_record(self._parts, part_id))
+
     async def stage(self, vm_id: str, disk: DiskSpec, base: Path, owner: tuple[int, int] | None) -> Volume:
         """See the protocol. What is staged already is kept when it lies over ``base``, else replaced.
 
@@ -163,7 +186,7 @@ class DirectoryBranches:
                     file.unlink(missing_ok=True)
 
 
-def _link(path: Path, part: Path, record: Record) -> None:
+def _link(path: Path, part: Path, record: Record | None) -> None:
     make_parts_directory(part.parent)
     if part.exists():
         if part.samefile(path):
@@ -174,13 +197,14 @@ def _link(path: Path, part: Path, record: Record) -> None:
             hint="make another snapshot",
         )
     # First what is known of it: a layer without its record would be nobody's to read.
-    write_whole(layer_record(part.parent, part.name), msgspec.json.encode(record))
+    if record is not None:
+        write_whole(layer_record(part.parent, part.name), msgspec.json.encode(record))
     try:
         os.link(path, part, follow_symlinks=False)
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-        layer_record(part.parent, part.name).unlink()
+        layer_record(part.parent, part.name).unlink(missing_ok=True)
         raise MicaError(
             Code.HOST_LACKS,
             f"{path} cannot get a second name in {part.parent}: {error.strerror}",

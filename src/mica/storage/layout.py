@@ -113,6 +113,14 @@ class Layout:
                 if record is not None and self.file(directory, disk, record).name == name:
                     yield disk, directory / name
 
+    def newest(self, directory: Path, disk: str) -> Path | None:
+        """The file that a disk was made last, by its name alone."""
+        found = {}
+        for path in directory.iterdir() if directory.exists() else ():
+            if (match := _GENERATION.fullmatch(path.name)) and _disk(match["stem"]) == disk:
+                found[int(match["generation"] or 0)] = path
+        return found[max(found)] if found else None
+
     def staged(self, directory: Path) -> Iterator[tuple[str, Record]]:
         """Every disk for which a file is staged, with its record. Raises ``corrupt``."""
         with naming(directory):

@@ -61,6 +61,8 @@ class SimulatedVolumes:
             for disk in disks:
                 if disk.name not in there:
                     raise not_found("volume", f"{vm_id}/{disk.name}")
+                if damage := self._files.there[there[disk.name].path].damage:
+                    raise MicaError(Code.CORRUPT, f"{there[disk.name].path}: {damage}")
                 _check_parts(self._world, there[disk.name].backing)
                 if there[disk.name].size < disk.size:
                     there[disk.name] = msgspec.structs.replace(there[disk.name], size=disk.size)
@@ -126,6 +128,12 @@ class SimulatedBranches:
             file = self._files.there[volume.path]
             if self._files.there.setdefault(PARTS / part_id, file) is not file:
                 raise MicaError(Code.EXISTS, f"part {part_id} is another file than {volume.path}")
+
+    async def set_aside(self, vm_id: str, disk: str, part_id: str) -> None:
+        async with self._faults.around("branches.set_aside"):
+            volume = self._world.volumes.get(vm_id, {}).get(disk)
+            if volume is not None and PARTS / part_id not in self._files.there:
+                self._files.there[PARTS / part_id] = self._files.there[volume.path]
 
     async def stage(self, vm_id: str, disk: DiskSpec, base: Path, owner: tuple[int, int] | None) -> Volume:
         del owner

@@ -89,7 +89,8 @@ async def _vm(context: Context) -> Vm:
 
 
 def _spec(context: Context) -> VmSpec:
-    return msgspec.convert(context.operation.params["spec"], VmSpec)
+    back = context.outputs.get("salvage")  # what it goes back to had a spec of its own
+    return msgspec.convert((back or context.operation.params)["spec"], VmSpec)
 
 
 async def begin(context: Context) -> str:
@@ -201,7 +202,7 @@ async def plan_launch(
 
 async def _origin(context: Context, state: SnapshotState) -> tuple[Snapshot, Origin] | None:
     """The state that this start begins at instead of at power-on, once it has come to ``state``."""
-    id_ = context.operation.params.get("origin")
+    id_ = context.operation.params.get("origin") or (context.outputs.get("salvage") or {}).get("origin")
     if not id_:
         return None
     snapshot = await until(context.env, id_, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from mica.engine.definition import Definition, Proposal
+from mica.engine.operations.salvaging import SALVAGE, reserve_most, result
 from mica.engine.operations.starting import PROMISE, START, reserve
 from mica.model.transitions import VmVerb
 from mica.model.views import VmStart
@@ -15,7 +16,10 @@ async def plan(proposal: Proposal) -> None:
     assert proposal.vm is not None
     assert isinstance(proposal.params, VmStart)
     vm = proposal.vm.value
-    await reserve(proposal, vm, overcommit=proposal.params.overcommit)
+    if proposal.params.last_valid:
+        await reserve_most(proposal, vm, overcommit=proposal.params.overcommit)
+    else:
+        await reserve(proposal, vm, overcommit=proposal.params.overcommit)
     intent = Power.PAUSED if proposal.params.paused else Power.RUNNING
     wanted = msgspec.structs.replace(vm, intent=intent)
     proposal.draft.put(proposal.env.records.vms, vm.id, wanted, proposal.vm.generation)
@@ -26,7 +30,8 @@ DEFINITION = Definition(
     noun="vm",
     params=VmStart,
     plan=plan,
-    steps=lambda _: (PROMISE, *START),
+    steps=lambda o: (PROMISE, *(SALVAGE if o.params.get("last_valid") else ()), *START),
     state_verb=VmVerb.START,
+    result=result,
     anchored=True,
 )
