@@ -27,7 +27,7 @@ from mica.model.image import Firmware
 from mica.model.snapshot import MachineBuild, MemoryState, Part, PartKind, Snapshot, SnapshotKind, SnapshotState
 from mica.model.transitions import LIVE, VmVerb
 from mica.model.units import Bytes
-from mica.model.vm import NVRAM, DiskSpec, Vm, VmRuntime, VmSpec, VmStatus, check_name
+from mica.model.vm import NVRAM, AgentState, DiskSpec, Vm, VmRuntime, VmSpec, VmStatus, check_name
 from mica.ports.hypervisor import Captured, Origin, RunState, StatefulMachine
 from mica.ports.store import ABSENT
 from mica.ports.volumes import Volume
@@ -163,6 +163,9 @@ async def look(context: Context) -> Look:
     seen = await (await _machine(context)).observe()
     memory = bool(context.operation.params["memory"])
     own = memory and not status.runtime.ram
+    if memory and seen.agent is AgentState.READY:
+        # Copies become other machines sooner when what they need for that waits in their original.
+        await context.env.identities.prepare(context.vm_id, status.runtime)
     return Look(live=True, running=seen.run is RunState.RUNNING, memory=memory, own=own)
 
 
