@@ -202,7 +202,9 @@ async def test_a_pid_that_belongs_to_another_process_now(world: World) -> None:
                         ref["pid"] = stranger.pid
 
             edit_status(world, vm.id, rename)
-            (world.runtime / "vm" / vm.id / "0" / "status.json").write_text(json.dumps({"child-pid": stranger.pid}) + "\n")
+            (world.runtime / "vm" / vm.id / "0" / "status.json").write_text(
+                json.dumps({"child-pid": stranger.pid}) + "\n"
+            )
             world.start()
             async with world.client() as client:
                 view = await client.vms.wait_until(
