@@ -347,6 +347,8 @@ class VmActor(Actor):
 
     def _seen(self, observed: VmObserved, state: VmState, reason: str, agent: AgentState) -> VmObserved:
         since = observed.since if observed.state is state else self._env.clock.now()
+        if state is VmState.PAUSED and observed.state is state:
+            reason = reason or observed.reason  # whoever had it paused said why
         return replace(observed, state=state, since=since, reason=reason, agent=agent)
 
     async def _ended_within(self, machine: StatefulMachine, seconds: float) -> Exit | None:

@@ -231,7 +231,8 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The seen side of a VM: the ``vm.status`` row, written by the VM's actor and by operations on it.
 
     ``identity`` tells of a copied machine what it has of its own by now; ``becoming`` is who it is yet to be.
-    ``frozen`` is the id of the operation for which its guest's file systems may be frozen still.
+    ``frozen`` is the id of the operation for which its guest's file systems may be frozen still, ``checking`` that of
+    the snapshot that it went back to, while not all of that has been compared with its checksums.
     """
 
     observed: VmObserved
@@ -239,6 +240,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     identity: Report = ()
     becoming: Identity | None = None
     frozen: str = ""
+    checking: str = ""
 
 
 def check_name(name: str, noun: str = "name") -> str:

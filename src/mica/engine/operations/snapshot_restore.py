@@ -131,6 +131,7 @@ async def volumes(context: Context) -> None:
             context.report(None, f"making disk {disk.name}")
             await env.branches.stage(vm_id, disk, env.parts.path(snapshot.disks[disk.name]), owner)
     await env.records.transact(write)
+    await env.records.statuses.update(vm_id, lambda s: replace(s, checking=snapshot.id))
     await env.branches.take(vm_id)
     await env.volumes.settled(vm_id)
 
