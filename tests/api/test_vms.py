@@ -65,6 +65,7 @@ async def test_list_pages_and_filters(http: httpx.AsyncClient) -> None:
         ("POST", "restart", None, VmVerb.RESTART, VmStop()),
         ("POST", "pause", None, VmVerb.PAUSE, None),
         ("POST", "resume", {}, VmVerb.RESUME, None),
+        ("POST", "suspend", None, VmVerb.SUSPEND, None),
         ("DELETE", "?force=true", None, VmVerb.DELETE, VmDelete(force=True)),
         ("DELETE", "?purge=true&force=true", None, VmVerb.PURGE, VmDelete(purge=True, force=True)),
     ],

@@ -21,7 +21,12 @@ def test_every_setting_is_documented() -> None:
 
 def test_every_verb_is_in_the_reference_of_the_command_line() -> None:
     page = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
-    words = {"vm.purge": "--purge", "image.make": "mica image build", "snapshot.set": "mica snapshot rename"}
+    words = {
+        "vm.purge": "--purge",
+        "image.make": "mica image build",
+        "snapshot.set": "mica snapshot rename",
+        "vm.discard": "--discard",
+    }
     missing = [v for v in DEFINITIONS if words.get(v, f"mica {v.replace('.', ' ')}") not in page]
     assert missing == []
 

@@ -85,6 +85,13 @@ async def _paused(life: Life) -> str:
     return "a"
 
 
+async def _suspended(life: Life) -> str:
+    await _running(life)
+    life.rig.world.process("a").memory.append("kept")
+    await _succeed(life, "vm.suspend", "a", NoParams())
+    return "a"
+
+
 async def _crashed(life: Life) -> str:
     await _running(life)
     life.rig.world.process("a").kill()
@@ -143,6 +150,23 @@ def _is(state: VmState, name: str = "a") -> Callable[[Rig], Awaitable[None]]:
     return check
 
 
+async def _is_asleep(rig: Rig) -> None:
+    await _is(S.SUSPENDED)(rig)
+    assert not rig.world.ram_images, "the host has its memory back"
+
+
+async def _is_awake(rig: Rig) -> None:
+    await _is(S.RUNNING)(rig)
+    assert rig.world.process("a").memory == ["kept"]
+    assert await rig.records.snapshots.scan() == {}
+
+
+async def _has_given_up(rig: Rig) -> None:
+    await _is(S.STOPPED)(rig)
+    assert await rig.records.snapshots.scan() == {}
+    assert not rig.world.storage.parts
+
+
 async def _is_set(rig: Rig) -> None:
     state, vm_id = await _vm(rig, "b")
     vm = (await rig.records.vms.need(vm_id)).value
@@ -171,6 +195,7 @@ SET = VmSet(
     cpu_limit=0.5,
     disks=(msgspec.structs.replace(DISK, limits=IoLimits(iops=100)),),
 )
+ASLEEP = frozenset({S.SUSPENDED, S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED})
 DOWN = frozenset({S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED})
 WRECK = frozenset({S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED, S.TRASHED})
 
@@ -209,6 +234,19 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("restart", "vm.restart", VmStop(), _running, _is(S.RUNNING), restores=False, otherwise=DOWN),
     Scenario("pause", "vm.pause", NoParams(), _running, _is(S.PAUSED)),
     Scenario("resume", "vm.resume", NoParams(), _paused, _is(S.RUNNING)),
+    Scenario("suspend", "vm.suspend", NoParams(), _running, _is_asleep, restores=False, otherwise=ASLEEP),
+    Scenario("suspend-paused", "vm.suspend", NoParams(), _paused, _is_asleep, restores=False, otherwise=ASLEEP),
+    Scenario("start-suspended", "vm.start", VmStart(), _suspended, _is_awake, restores=False, otherwise=ASLEEP),
+    Scenario("discard", "vm.discard", NoParams(), _suspended, _has_given_up, restores=False, otherwise=ASLEEP),
+    Scenario(
+        "purge-suspended",
+        "vm.purge",
+        VmDelete(purge=True, force=True),
+        _suspended,
+        _is(S.GONE),
+        restores=False,
+        otherwise=ASLEEP,
+    ),
     Scenario("set-stopped", "vm.set", SET, _stopped, _is_set),
     Scenario("set-running", "vm.set", SET, _running, _is_set),
     Scenario("delete", "vm.delete", VmDelete(), _stopped, _is(S.TRASHED)),

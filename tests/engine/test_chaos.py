@@ -181,7 +181,7 @@ class Chaos(RuleBasedStateMachine):
     def restart(self, vm: int) -> None:
         self.ask("vm.restart", vm, VmStop(timeout_s=3.0))
 
-    @rule(vm=vms, verb=st.sampled_from(["vm.pause", "vm.resume"]))
+    @rule(vm=vms, verb=st.sampled_from(["vm.pause", "vm.resume", "vm.suspend", "vm.discard"]))
     def hold_or_release(self, vm: int, verb: str) -> None:
         self.ask(verb, vm, NoParams())
 

@@ -71,6 +71,29 @@ async def test_pause_holds_the_guest_and_resume_lets_it_go(booted: VmHandle) -> 
     assert booted.state is VmState.RUNNING
 
 
+async def test_a_suspended_guest_goes_on_where_it_was(shared_world: World, booted: VmHandle) -> None:
+    await booted.exec("sh", "-c", "echo here > /tmp/word; (sleep 1000 & echo $! > /tmp/pid)")
+    for _ in range(2):  # the second time it is a child of the memory that it went on from
+        pid = str(await booted.exec("cat", "/tmp/pid"))
+        process = booted.view.process
+        assert process is not None
+        await booted.suspend()
+        assert (booted.state, booted.view.process) == (VmState.SUSPENDED, None)
+        assert process.pid not in shared_world.qemus()
+        await booted.resume()
+        assert booted.state is VmState.RUNNING
+        done = await booted.exec("sh", "-c", f"cat /tmp/word /proc/{pid}/comm")
+        assert str(done).split() == ["here", "sleep"]
+        host, guest = time.time(), float(str(await booted.exec("date", "+%s")))
+        assert abs(host - guest) < 30, "its clock was set"
+    await booted.exec("sh", "-c", "echo changed > /tmp/word")
+    await booted.suspend()
+    with pytest.raises(MicaError, match="suspended"):
+        await booted.stop()
+    await booted.discard()
+    assert booted.state is VmState.STOPPED
+
+
 async def test_a_paused_guest_is_let_go_to_shut_down(booted: VmHandle) -> None:
     await booted.pause()
     await booted.stop(timeout_s=60)

@@ -104,6 +104,11 @@ def test_a_vm_through_its_life(run: Any) -> None:
     assert "\x1b" not in "".join(listed)
     assert run("vm", "pause", "web").out == "web is paused\n"
     assert run("vm", "resume", "web").out == "web is running\n"
+    assert run("vm", "suspend", "web").out == "web is suspended\n"
+    refused = run("vm", "stop", "web")
+    assert (refused.status, "--discard" in refused.err) == (TABLE[Code.STATE_CONFLICT].exit_status, True)
+    assert run("vm", "stop", "--discard", "web").out == "web is stopped\n"
+    assert run("vm", "start", "web").out == "web is running\n"
     assert run("vm", "set", "web", "--cpus", "3", "--label", "tier=web").out == "web is changed\n"
     assert [vm["name"] for vm in json.loads(run("vm", "list", "--label", "tier=web", "--json").out)] == ["web"]
     assert run("vm", "set", "web", "--unlabel", "tier", "--protected").status == 0

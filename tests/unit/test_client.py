@@ -41,6 +41,8 @@ async def test_a_vm_through_its_life(client: Client) -> None:
     assert vm_id(made) == vm.id
     assert vm.view.spec.memory == 512 * MIB
     assert (await vm.start()).state is VmState.RUNNING
+    assert (await vm.suspend()).state is VmState.SUSPENDED
+    assert (await (await vm.discard()).start()).state is VmState.RUNNING
     assert (await vm.pause()).state is VmState.PAUSED
     assert (await vm.resume()).state is VmState.RUNNING
     assert (await vm.set(cpus=2, labels={"tier": None})).view.spec.cpus == 2

@@ -15,6 +15,7 @@ STATE_STYLES = {
     "ready": GREEN,
     "ok": GREEN,
     "paused": YELLOW,
+    "suspended": YELLOW,
     "starting": YELLOW,
     "stopping": YELLOW,
     "creating": YELLOW,

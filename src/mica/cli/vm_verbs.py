@@ -1,4 +1,4 @@
-"""The verbs that take VMs and little else: start, stop, restart, pause, resume, delete, restore."""
+"""The verbs that take VMs and little else: start, stop, restart, pause, suspend, resume, delete, restore."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def start(
     options: Options = DEFAULTS,
     ctx: Annotated[Context, Hidden],
 ) -> int:
-    """Start VMs.
+    """Start VMs. One that is suspended goes on where it was.
 
     Parameters
     ----------
@@ -53,6 +53,7 @@ async def stop(
     *vms: VmArg,
     force: Flag = False,
     timeout: Duration | None = None,
+    discard: Flag = False,
     options: Options = DEFAULTS,
     ctx: Annotated[Context, Hidden],
 ) -> int:
@@ -68,7 +69,11 @@ async def stop(
         Do not ask: like pulling the plug.
     timeout
         How long the guest may take before it is forced, for example 90s; the VM's own setting by default.
+    discard
+        Suspended VMs: give up what they had in memory, as in a power cut.
     """
+    if discard:
+        return await _verb(ctx, (vm, *vms), lambda c, ref: c.vms.discard(ref, wait=False))
     return await _verb(ctx, (vm, *vms), lambda c, ref: c.vms.stop(ref, force=force, timeout_s=timeout, wait=False))
 
 
@@ -110,8 +115,23 @@ async def pause(vm: VmArg, /, *vms: VmArg, options: Options = DEFAULTS, ctx: Ann
     return await _verb(ctx, (vm, *vms), lambda c, ref: c.vms.pause(ref, wait=False))
 
 
+async def suspend(vm: VmArg, /, *vms: VmArg, options: Options = DEFAULTS, ctx: Annotated[Context, Hidden]) -> int:
+    """Put the memory of VMs on disk and end them. They go on exactly there, also after the host has been off.
+
+    mica vm resume and mica vm start let them go on; mica vm stop --discard gives their memory up.
+
+    Parameters
+    ----------
+    vm
+        Name or id of the VM.
+    vms
+        Further VMs.
+    """
+    return await _verb(ctx, (vm, *vms), lambda c, ref: c.vms.suspend(ref, wait=False), cancel=True)
+
+
 async def resume(vm: VmArg, /, *vms: VmArg, options: Options = DEFAULTS, ctx: Annotated[Context, Hidden]) -> int:
-    """Let paused VMs run on.
+    """Let paused and suspended VMs run on.
 
     Parameters
     ----------

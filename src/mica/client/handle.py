@@ -96,7 +96,17 @@ class VmHandle:
     async def pause(self) -> Self:
         return await self._after(await self._vms.pause(self.id))
 
+    async def suspend(self, *, on_progress: OnProgress | None = None) -> Self:
+        """Its memory goes to disk and its process ends; ``start`` and ``resume`` go on exactly there, also after the
+        host has been off. Raises ``insufficient-disk``; then it runs on."""
+        return await self._after(await self._vms.suspend(self.id, on_progress=on_progress))
+
+    async def discard(self) -> Self:
+        """Give up what it had in memory when it was suspended: it is stopped then, as after a power cut."""
+        return await self._after(await self._vms.discard(self.id))
+
     async def resume(self) -> Self:
+        """Let it run on, paused or suspended."""
         return await self._after(await self._vms.resume(self.id))
 
     async def restore(self, *, name: str = "") -> Self:

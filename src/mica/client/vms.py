@@ -25,7 +25,9 @@ AGENT_TIMEOUT_S = 300.0
 _PAGE = 500
 
 # From these no guest will answer without somebody's word.
-_ENDED = frozenset({VmState.STOPPED, VmState.CRASHED, VmState.TRASHED, VmState.DELETING, VmState.GONE})
+_ENDED = frozenset(
+    {VmState.STOPPED, VmState.SUSPENDED, VmState.CRASHED, VmState.TRASHED, VmState.DELETING, VmState.GONE}
+)
 
 
 def parse_publish(text: str | Publish) -> Publish:
@@ -163,7 +165,19 @@ class Vms:
     async def pause(self, ref: str, *, wait: bool = True, on_progress: OnProgress | None = None) -> Operation:
         return await self._act(ref, "pause", None, wait, on_progress)
 
+    async def suspend(self, ref: str, *, wait: bool = True, on_progress: OnProgress | None = None) -> Operation:
+        """Its memory goes to disk and its process ends; :meth:`start` and :meth:`resume` go on where it was.
+
+        Raises ``insufficient-disk``; then it runs on.
+        """
+        return await self._act(ref, "suspend", None, wait, on_progress)
+
+    async def discard(self, ref: str, *, wait: bool = True, on_progress: OnProgress | None = None) -> Operation:
+        """Give up what a suspended VM had in memory: it is stopped then, as after a power cut."""
+        return await self._act(ref, "discard", None, wait, on_progress)
+
     async def resume(self, ref: str, *, wait: bool = True, on_progress: OnProgress | None = None) -> Operation:
+        """Let it run on, paused or suspended."""
         return await self._act(ref, "resume", None, wait, on_progress)
 
     async def restore(

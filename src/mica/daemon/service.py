@@ -213,7 +213,8 @@ class Service:
         status = (await self._records.statuses.need(vm_id)).value
         state = status.observed.state
         if status.runtime is None or state is not VmState.RUNNING:
-            way = f"`mica vm resume {name}`" if state is VmState.PAUSED else f"`mica vm start {name}`"
+            held = state in (VmState.PAUSED, VmState.SUSPENDED)
+            way = f"`mica vm resume {name}`" if held else f"`mica vm start {name}`"
             raise MicaError(Code.STATE_CONFLICT, f"VM {name} is {state}; commands and files need it to run", hint=way)
         if status.observed.agent is AgentState.ABSENT:
             raise MicaError(

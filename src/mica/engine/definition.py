@@ -18,7 +18,7 @@ from mica.engine.records import Draft, Ledger, Records, Versioned
 from mica.model.errors import Problem
 from mica.model.operation import Actor, Operation
 from mica.model.units import MIB
-from mica.model.vm import Vm, VmStatus
+from mica.model.vm import Vm, VmState, VmStatus
 from mica.ports.clock import Clock
 from mica.ports.guests import Guests
 from mica.ports.host import Host
@@ -192,7 +192,8 @@ class Step:
 @dataclass
 class Proposal:
     """A request about to be accepted. ``plan`` checks it, writes what must be written at once into ``draft``, and may
-    replace ``params`` with what the steps need to know. ``vm`` and ``status`` are absent for a new VM or an image."""
+    replace ``params`` with what the steps need to know. ``vm`` and ``status`` are absent for a new VM or an image.
+    ``expected`` is the state in which the VM will be once all has ended that was accepted before."""
 
     env: Env
     params: msgspec.Struct
@@ -202,6 +203,7 @@ class Proposal:
     target_name: str = ""
     vm: Versioned[Vm] | None = None
     status: Versioned[VmStatus] | None = None
+    expected: VmState | None = None
     stored_params: dict[str, Any] = field(default_factory=dict)
 
 

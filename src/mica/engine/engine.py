@@ -14,7 +14,7 @@ import structlog
 from mica.engine.actor import HALFWAY, Actor, VmActor, requests
 from mica.engine.deadline import within
 from mica.engine.definition import Definition, Env, Ports, Proposal
-from mica.engine.inbox import decide
+from mica.engine.inbox import decide, expected_state
 from mica.engine.reconcilers import make_loops
 from mica.engine.reconcilers.trash import has_done_its_work
 from mica.engine.records import MAX_ATTEMPTS, Claim, Draft, Versioned, contended
@@ -27,7 +27,8 @@ from mica.model.operation import Actor as By
 from mica.model.operation import Operation, OperationState
 from mica.model.transitions import LIVE, Answer, VmVerb
 from mica.model.units import format_duration
-from mica.model.views import VmDelete
+from mica.model.views import VmDelete, VmStart
+from mica.model.vm import VmState
 from mica.ports.hypervisor import Machine, StatefulMachine
 from mica.ports.store import ABSENT, Conflict
 
@@ -198,6 +199,8 @@ class Engine:
         elif definition.creates:
             target = str(self._new_id())
         digest = hashlib.sha256(msgspec.json.encode([verb, target if not definition.creates else "", params]))
+        if verb == VmVerb.RESUME and await self._sleeps(target):
+            definition, params = self._definitions[VmVerb.START], VmStart()
         key = f"{by.name}:{idempotency_key}" if idempotency_key else ""
         actor = self._actor(f"{definition.noun}/{target}", start=True)
         async with actor.lock:
@@ -214,6 +217,12 @@ class Engine:
                     self._actor(_home(operation), start=True).enqueue(operation)
                 return operation
         raise contended(definition.noun, target)
+
+    async def _sleeps(self, vm_id: str) -> bool:
+        """Whether the VM will be suspended when a request's turn comes: going on is a start then."""
+        status = await self.env.records.statuses.get(vm_id)
+        state = status.value.observed.state if status is not None else VmState.GONE
+        return expected_state(state, requests(self.waiting(vm_id))) is VmState.SUSPENDED
 
     async def _known(self, key: str, digest: str) -> Operation | None:
         claim = await self.env.records.keys.get(key)
@@ -266,7 +275,7 @@ class Engine:
             )
             if decision.error is not None:
                 raise decision.error
-            answer = decision.answer
+            answer, proposal.expected = decision.answer, decision.expected
         if answer is Answer.ACCEPT:
             try:
                 async with within(env.clock, PLAN_S):

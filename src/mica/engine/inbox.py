@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from mica.model.errors import Code, MicaError
-from mica.model.transitions import LIVE, RULES, Answer, VmVerb, answer
+from mica.model.transitions import RULES, WITH_MEMORY, Answer, VmVerb, answer
 from mica.model.vm import VmState
 
 
@@ -49,10 +49,10 @@ def decide(
 ) -> Decision:
     """``waiting`` are the requests accepted and not ended, oldest first, the running one among them.
 
-    ``stops_first``: the request brings a running VM down itself before it does what it is for.
+    ``stops_first``: the request brings a VM with memory down itself before it does what it is for.
     """
     expected = expected_state(state, waiting)
-    if stops_first and expected in LIVE:
+    if stops_first and expected in WITH_MEMORY:
         expected = VmState.STOPPED
     if len(waiting) >= capacity:
         error = MicaError(
@@ -80,7 +80,7 @@ def decide(
 
 def judge(name: str, state: VmState, verb: VmVerb, *, stops_first: bool = False) -> Decision:
     """A request that was accepted and whose turn has come: it may be otherwise by now than was expected."""
-    if stops_first and state in LIVE:
+    if stops_first and state in WITH_MEMORY:
         return Decision(Answer.ACCEPT, state)
     said = answer(verb, state)
     if said is not Answer.DENY:

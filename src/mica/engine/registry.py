@@ -15,6 +15,7 @@ from mica.engine.operations import (
     vm_set,
     vm_start,
     vm_stop,
+    vm_suspend,
 )
 
 DEFINITIONS: dict[str, Definition] = {
@@ -26,6 +27,8 @@ DEFINITIONS: dict[str, Definition] = {
         vm_restart.DEFINITION,
         vm_pause.PAUSE_DEFINITION,
         vm_pause.RESUME_DEFINITION,
+        vm_suspend.SUSPEND_DEFINITION,
+        vm_suspend.DISCARD_DEFINITION,
         vm_set.DEFINITION,
         vm_delete.DELETE_DEFINITION,
         vm_delete.RESTORE_DEFINITION,

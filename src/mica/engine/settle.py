@@ -10,7 +10,7 @@ from mica.engine.definition import Env
 from mica.engine.records import Draft
 from mica.model.errors import Code, Problem
 from mica.model.transitions import FOLLOWS
-from mica.model.vm import AgentState, VmObserved, VmState, VmStatus
+from mica.model.vm import AgentState, Suspended, VmObserved, VmState, VmStatus
 from mica.ports.hypervisor import Exit
 
 replace = msgspec.structs.replace
@@ -58,20 +58,30 @@ async def take_down(env: Env, vm_id: str, *, clean: bool) -> None:
 
 
 async def stopped(
-    env: Env, vm_id: str, state: VmState, reason: str, problem: Problem | None = None, *, but: str = ""
+    env: Env,
+    vm_id: str,
+    state: VmState,
+    reason: str,
+    problem: Problem | None = None,
+    *,
+    but: str = "",
+    suspended: Suspended | None = None,
 ) -> None:
     """Record that the VM has no process any more, and give back what it was promised, in one transaction.
 
     Not when an accepted operation, other than ``but``, will bring it up again: that was admitted with this memory.
+    A VM whose memory is on disk, now (``suspended``) or still, is suspended, whatever ``state`` says.
     """
     keep = env.machines.wanted(vm_id, but=but)
 
     async def write(draft: Draft) -> None:
         status = await env.records.statuses.need(vm_id)
-        observed = moved(env, status.value.observed, state, reason, problem)
-        observed = replace(observed, agent=AgentState.ABSENT, started_at=None, addresses=())
-        # With its process its memory is gone, and who it was: it will boot as itself.
-        down = replace(status.value, runtime=None, observed=observed, identity=(), becoming=None, frozen="")
+        saved = suspended or status.value.suspended
+        seen = moved(env, status.value.observed, VmState.SUSPENDED if saved else state, reason, problem)
+        seen = replace(seen, agent=AgentState.ABSENT, started_at=None, addresses=())
+        down = replace(status.value, runtime=None, observed=seen, suspended=saved)
+        if saved is None:  # with its memory who it was is gone: it will boot as itself
+            down = replace(down, identity=(), becoming=None, frozen="")
         if down != status.value:
             draft.put(env.records.statuses, vm_id, down, status.generation)
         if not keep:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 
+import msgspec
+
 from mica.engine.definition import Env
 from mica.engine.records import Draft
 from mica.model.errors import Code, MicaError
@@ -11,6 +13,11 @@ from mica.model.operation import Operation
 from mica.model.snapshot import Part, PartKind, Snapshot, SnapshotKind, SnapshotState
 from mica.ports.hypervisor import Origin
 from mica.ports.store import ABSENT, Conflict
+
+replace = msgspec.structs.replace
+
+# What is checked before a guest runs on it, whatever it takes; RAM images and disk layers are checked by scrubbing.
+AT_ONCE = (PartKind.DEVICES, PartKind.CHANGES, PartKind.NVRAM)
 
 
 def part_id(snapshot_id: str, kind: PartKind, name: str = "") -> str:
@@ -110,6 +117,20 @@ async def need_whole(env: Env, snapshot: Snapshot) -> None:
             waiting.append(part.base)
 
 
+async def check_parts(env: Env, snapshot: Snapshot, *, memory: bool = True) -> None:
+    """Everything that a guest would run on at once is as it was written. What is not is marked, and raised:
+    ``corrupt``, ``not-found``."""
+    for id_ in snapshot.parts:
+        part = (await env.records.parts.need(id_)).value
+        if part.kind in AT_ONCE and (memory or part.kind is PartKind.NVRAM):
+            try:
+                await env.parts.verify(id_, part.digest, lambda _: None)
+            except MicaError as error:
+                if error.code in (Code.CORRUPT, Code.NOT_FOUND):
+                    await env.records.parts.update(id_, lambda p, why=error.message: replace(p, damaged=why))  # type: ignore[misc]
+                raise
+
+
 async def sweep(env: Env) -> str:
     """Remove every part that nothing needs: its row first, then its file, then what is held of it in memory.
 
@@ -117,7 +138,7 @@ async def sweep(env: Env) -> str:
     """
     present = await env.parts.present()
     operations = [row.value for row in (await env.records.operations.scan()).values() if not row.value.state.ended]
-    taking = any(o.verb == "snapshot.create" for o in operations)
+    taking = any(o.verb in ("snapshot.create", "vm.suspend") for o in operations)
     removed = 0
 
     async def write(draft: Draft) -> None:

@@ -128,6 +128,7 @@ class Views:
         parts: Mapping[str, Part],
     ) -> VmView:
         value, runtime = vm.value, status.runtime
+        machine = runtime or status.suspended
         return VmView(
             id=value.id,
             name=value.name,
@@ -142,7 +143,7 @@ class Views:
             created_by=value.created_by,
             deleted_at=value.deleted_at,
             expires_at=value.expires_at,
-            pending=pending_changes(value.spec, runtime.spec) if runtime else (),
+            pending=pending_changes(value.spec, machine.spec) if machine else (),
             operations=operations,
             accelerator=runtime.accelerator if runtime else "",
             process=runtime.process if runtime else None,

@@ -47,11 +47,13 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 class SnapshotKind(StrEnum):
     """Why it was made. ``safety``: before something that replaces the present state. ``fork``: the moment at which
-    forks began; its RAM need not be on disk, and it goes when nothing needs it any more."""
+    forks began; its RAM need not be on disk, and it goes when nothing needs it any more. ``suspend``: the memory of a
+    suspended VM, without its disks, which stay as they are; it goes when the VM goes on."""
 
     USER = "user"
     SAFETY = "safety"
     FORK = "fork"
+    SUSPEND = "suspend"
 
 
 class SnapshotState(StrEnum):

@@ -26,6 +26,8 @@ class VmVerb(StrEnum):
     PURGE = "vm.purge"
     SNAPSHOT = "snapshot.create"
     REVERT = "snapshot.restore"
+    SUSPEND = "vm.suspend"
+    DISCARD = "vm.discard"
 
 
 class Answer(StrEnum):
@@ -53,16 +55,24 @@ def _rule(accept: set[VmState], ignore: set[VmState], during: VmState | None, to
 RULES: Final[dict[VmVerb, Rule]] = {
     VmVerb.CREATE: _rule({S.CREATING}, set(), S.CREATING, S.STOPPED, "a VM is created once"),
     VmVerb.START: _rule(
-        {S.STOPPED, S.CRASHED}, {S.RUNNING}, S.STARTING, S.RUNNING, "resume a paused VM, restore a deleted one"
+        {S.STOPPED, S.CRASHED, S.SUSPENDED},
+        {S.RUNNING},
+        S.STARTING,
+        S.RUNNING,
+        "resume a paused VM, restore a deleted one",
     ),
     VmVerb.STOP: _rule(
-        {S.RUNNING, S.PAUSED}, {S.STOPPED, S.CRASHED}, S.STOPPING, S.STOPPED, "only a VM that runs can stop"
+        {S.RUNNING, S.PAUSED},
+        {S.STOPPED, S.CRASHED},
+        S.STOPPING,
+        S.STOPPED,
+        "only a VM that runs can stop; `mica vm stop --discard` gives up what a suspended one had in memory",
     ),
     VmVerb.RESTART: _rule({S.RUNNING, S.PAUSED}, set(), S.STOPPING, S.RUNNING, "start it instead"),
     VmVerb.PAUSE: _rule({S.RUNNING}, {S.PAUSED}, None, S.PAUSED, "only a running VM can pause"),
     VmVerb.RESUME: _rule({S.PAUSED}, {S.RUNNING}, None, S.RUNNING, "only a paused VM can resume; start a stopped one"),
     VmVerb.SET: _rule(
-        {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), None, None, "restore it from the trash first"
+        {S.STOPPED, S.CRASHED, S.SUSPENDED, S.RUNNING, S.PAUSED}, set(), None, None, "restore it from the trash first"
     ),
     VmVerb.DELETE: _rule({S.STOPPED, S.CRASHED}, {S.TRASHED}, None, S.TRASHED, "stop it first, or delete with --force"),
     VmVerb.RESTORE: _rule({S.TRASHED}, set(), None, S.STOPPED, "only a deleted VM can be restored"),
@@ -70,11 +80,15 @@ RULES: Final[dict[VmVerb, Rule]] = {
         {S.STOPPED, S.CRASHED, S.TRASHED}, set(), S.DELETING, S.GONE, "stop it first, or purge with --force"
     ),
     VmVerb.SNAPSHOT: _rule(
-        {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), None, None, "restore it from the trash first"
+        {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), None, None, "resume a suspended VM, restore a deleted one"
     ),
     # Where it leads depends on the snapshot: to a running machine when that has its memory.
     VmVerb.REVERT: _rule(
-        {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), None, None, "restore it from the trash first"
+        {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), None, None, "resume a suspended VM, restore a deleted one"
+    ),
+    VmVerb.SUSPEND: _rule({S.RUNNING, S.PAUSED}, {S.SUSPENDED}, None, S.SUSPENDED, "only a VM that runs can suspend"),
+    VmVerb.DISCARD: _rule(
+        {S.SUSPENDED}, {S.STOPPED}, None, S.STOPPED, "only a suspended VM has memory on disk to give up"
     ),
 }
 
@@ -82,10 +96,11 @@ RULES: Final[dict[VmVerb, Rule]] = {
 FOLLOWS: Final[dict[VmState, frozenset[VmState]]] = {
     S.CREATING: frozenset({S.STOPPED, S.GONE}),
     S.STOPPED: frozenset({S.STARTING, S.TRASHED, S.DELETING}),
-    S.STARTING: frozenset({S.RUNNING, S.PAUSED, S.STOPPED, S.CRASHED}),
-    S.RUNNING: frozenset({S.PAUSED, S.STOPPING, S.STOPPED, S.CRASHED}),
-    S.PAUSED: frozenset({S.RUNNING, S.STOPPING, S.STOPPED, S.CRASHED}),
+    S.STARTING: frozenset({S.RUNNING, S.PAUSED, S.STOPPED, S.SUSPENDED, S.CRASHED}),
+    S.RUNNING: frozenset({S.PAUSED, S.STOPPING, S.STOPPED, S.SUSPENDED, S.CRASHED}),
+    S.PAUSED: frozenset({S.RUNNING, S.STOPPING, S.STOPPED, S.SUSPENDED, S.CRASHED}),
     S.STOPPING: frozenset({S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED, S.STARTING}),
+    S.SUSPENDED: frozenset({S.STARTING, S.STOPPED}),
     S.CRASHED: frozenset({S.STARTING, S.STOPPED, S.TRASHED, S.DELETING}),
     S.TRASHED: frozenset({S.STOPPED, S.DELETING}),
     S.DELETING: frozenset({S.GONE, S.STOPPED, S.TRASHED, S.CRASHED}),
@@ -94,6 +109,9 @@ FOLLOWS: Final[dict[VmState, frozenset[VmState]]] = {
 
 # States in which the VM has a process on the host.
 LIVE: Final = frozenset({S.STARTING, S.RUNNING, S.PAUSED, S.STOPPING})
+
+# States in which the VM has memory that ending it would lose: with a process, or on disk.
+WITH_MEMORY: Final = LIVE | {S.SUSPENDED}
 
 
 def answer(verb: VmVerb, state: VmState) -> Answer:

@@ -111,6 +111,7 @@ class Power(StrEnum):
 
     RUNNING = "running"
     PAUSED = "paused"
+    SUSPENDED = "suspended"
     STOPPED = "stopped"
 
 
@@ -123,6 +124,7 @@ class VmState(StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
     STOPPING = "stopping"
+    SUSPENDED = "suspended"
     CRASHED = "crashed"
     TRASHED = "trashed"
     DELETING = "deleting"
@@ -227,12 +229,20 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: float | None = None
 
 
+class Suspended(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the memory of a VM without a process is: a snapshot (its id), and what the machine was made of."""
+
+    snapshot: str
+    spec: VmSpec
+
+
 class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The seen side of a VM: the ``vm.status`` row, written by the VM's actor and by operations on it.
 
     ``identity`` tells of a copied machine what it has of its own by now; ``becoming`` is who it is yet to be.
     ``frozen`` is the id of the operation for which its guest's file systems may be frozen still, ``checking`` that of
-    the snapshot that it went back to, while not all of that has been compared with its checksums.
+    the snapshot (or the RAM image) that it went back to, while not all of that has been compared with its checksums.
+    While there is ``suspended``, no vCPU has run and no disk was written since: it goes on there.
     """
 
     observed: VmObserved
@@ -241,6 +251,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     becoming: Identity | None = None
     frozen: str = ""
     checking: str = ""
+    suspended: Suspended | None = None
 
 
 def check_name(name: str, noun: str = "name") -> str:

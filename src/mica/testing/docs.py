@@ -21,6 +21,7 @@ _MEANING: Final[Mapping[VmState, str]] = {
     VmState.RUNNING: "Its vCPUs run.",
     VmState.PAUSED: "Its process and memory are kept; no vCPU runs.",
     VmState.STOPPING: "The guest has been asked to shut down, or is being forced.",
+    VmState.SUSPENDED: "It has no process on the host; its memory is on disk, and it goes on where it was.",
     VmState.CRASHED: "Its process ended without being asked to; its disks are kept and checked before the next start.",
     VmState.TRASHED: "Deleted, and kept in the trash until it expires.",
     VmState.DELETING: "Its disks are being removed for good.",

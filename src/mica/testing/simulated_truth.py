@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping
 
 from mica.engine.records import Claim, Records, Reservation, Versioned
 from mica.model.operation import OperationState
-from mica.model.snapshot import PartKind
+from mica.model.snapshot import PartKind, SnapshotState
 from mica.model.vm import AgentState, Vm, VmState, VmStatus
 from mica.ports.hypervisor import RunState
 from mica.testing.simulated_files import PARTS
 from mica.testing.simulated_world import SimulatedHost, SimulatedProcess
 
-SETTLED = frozenset({VmState.STOPPED, VmState.CRASHED, VmState.TRASHED, VmState.RUNNING, VmState.PAUSED})
 UP = frozenset({VmState.RUNNING, VmState.PAUSED})
+SETTLED = UP | {VmState.STOPPED, VmState.SUSPENDED, VmState.CRASHED, VmState.TRASHED}
 
 
 async def lies(world: SimulatedHost, records: Records, *, stuck: bool = False, leftovers: bool = False) -> list[str]:
@@ -75,6 +75,10 @@ async def _snapshots(world: SimulatedHost, records: Records, vms: Mapping[str, V
     for snapshot in (await records.snapshots.scan()).values():
         missing = set(snapshot.value.parts) - rows.keys()
         found += [f"snapshot {snapshot.value.name} has parts {sorted(missing)}, which have no row"] if missing else []
+    whole = {id_ for id_, row in (await records.snapshots.scan()).items() if row.value.state is SnapshotState.COMPLETE}
+    for id_, status in (await records.statuses.scan()).items():
+        if status.value.suspended is not None and status.value.suspended.snapshot not in whole:
+            found.append(f"VM {id_} is suspended, and its memory is nowhere")
     for vm in vms.values():
         disks = world.volumes.get(vm.id, {}).items()
         lies_over = {name: v.backing[0].name for name, v in disks if v.backing and v.backing[0].parent == PARTS}
@@ -99,6 +103,9 @@ def _vm(world: SimulatedHost, vm: Vm, status: VmStatus) -> list[str]:
     found = []
     if seen.state not in SETTLED:
         found.append(f"VM {vm.name} is {seen.state} with nothing under way")
+    waits = process is not None and process.waits  # an operator may have accepted that it waits for that memory
+    if (seen.state is VmState.SUSPENDED) != (status.suspended is not None) and not waits:
+        found.append(f"VM {vm.name} is {seen.state}, its memory is in {status.suspended}")
     if (seen.state is VmState.TRASHED) != (vm.deleted_at is not None):
         found.append(f"VM {vm.name} is {seen.state}, deleted_at {vm.deleted_at}")
     if seen.state in UP:

@@ -80,7 +80,21 @@ async def pause(
     return await submit(engine, VmVerb.PAUSE, vm, data, terms)
 
 
-@post(f"{VM}/resume", status_code=202, summary="Let a paused VM run on", operation_id="vm_resume")
+@post(f"{VM}/suspend", status_code=202, summary="Put a VM's memory on disk and end it", operation_id="vm_suspend")
+async def suspend(
+    engine: EngineDep, terms: TermsDep, vm: VmRef, data: JSONBody[NoParams] = NOTHING
+) -> Response[Operation]:
+    return await submit(engine, VmVerb.SUSPEND, vm, data, terms)
+
+
+@post(f"{VM}/discard", status_code=202, summary="Give up a suspended VM's memory", operation_id="vm_discard")
+async def discard(
+    engine: EngineDep, terms: TermsDep, vm: VmRef, data: JSONBody[NoParams] = NOTHING
+) -> Response[Operation]:
+    return await submit(engine, VmVerb.DISCARD, vm, data, terms)
+
+
+@post(f"{VM}/resume", status_code=202, summary="Let a paused or suspended VM run on", operation_id="vm_resume")
 async def resume(
     engine: EngineDep, terms: TermsDep, vm: VmRef, data: JSONBody[NoParams] = NOTHING
 ) -> Response[Operation]:
@@ -94,4 +108,4 @@ async def restore(
     return await submit(engine, VmVerb.RESTORE, vm, data, terms)
 
 
-HANDLERS = [list_vms, create, show, change, remove, start, stop, restart, pause, resume, restore]
+HANDLERS = [list_vms, create, show, change, remove, start, stop, restart, pause, suspend, discard, resume, restore]

@@ -7,7 +7,7 @@ import msgspec
 from mica.engine.definition import Context, Proposal, Step
 from mica.engine.operations.placing import free_name, free_slot
 from mica.engine.snapshots import need_whole, until
-from mica.model.errors import invalid, not_found
+from mica.model.errors import Code, MicaError, invalid, not_found
 from mica.model.mac import mac_address
 from mica.model.snapshot import Snapshot, SnapshotKind, SnapshotState
 from mica.model.views import VmCreate
@@ -24,6 +24,12 @@ async def copy_of(proposal: Proposal, body: VmCreate) -> Vm:
     if row is None:
         raise not_found("snapshot", body.snapshot, hint="`mica snapshot list` lists them all")
     snapshot = row.value
+    if snapshot.kind is SnapshotKind.SUSPEND:
+        raise MicaError(
+            Code.STATE_CONFLICT,
+            f"VM {snapshot.vm_name} is suspended: its memory is for it alone",
+            hint=f"resume it and fork it then: `mica vm resume {snapshot.vm_name}`",
+        )
     await need_whole(env, snapshot)
     _check_same(body, snapshot)
     # Written anew, so that deleting the snapshot, which expects the row as it saw it, cannot cross this.

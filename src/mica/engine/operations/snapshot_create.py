@@ -35,7 +35,12 @@ from mica.ports.volumes import Volume
 replace = msgspec.structs.replace
 
 # What a snapshot is called that nobody named.
-STEMS = {SnapshotKind.USER: "snapshot", SnapshotKind.SAFETY: "before-restore", SnapshotKind.FORK: "fork"}
+STEMS = {
+    SnapshotKind.USER: "snapshot",
+    SnapshotKind.SAFETY: "before-restore",
+    SnapshotKind.FORK: "fork",
+    SnapshotKind.SUSPEND: "suspend",
+}
 
 
 class Take(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,7 +72,13 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
 async def plan(proposal: Proposal) -> None:
     assert isinstance(proposal.params, Take)
     assert proposal.vm is not None
-    env, body, vm = proposal.env, proposal.params, proposal.vm.value
+    await note(proposal, proposal.params, proposal.vm.value)
+
+
+async def note(proposal: Proposal, body: Take, vm: Vm) -> None:
+    """Write the row of a snapshot that is to be taken, and that of its VM, as ``vm``."""
+    assert proposal.vm is not None
+    env = proposal.env
     names = {row.value.name for row in (await env.records.snapshots.scan()).values() if row.value.vm_id == vm.id}
     if len(names) >= MAX_SNAPSHOTS:
         raise MicaError(
@@ -185,7 +196,7 @@ async def freeze(context: Context) -> list[Volume]:
     spec = runtime.spec if runtime is not None and found.live else vm.spec
     there = await env.branches.disks(vm.id)
     disks = [d for d in layered_disks(spec) if d.name in there]
-    await _write_rows(context, snapshot, spec, disks, found, runtime)
+    await write_rows(context, snapshot, spec, disks, found, runtime)
     layers, owner = [], env.policy.owner(vm.slot)
     for disk in disks:
         part = part_id(snapshot.id, PartKind.DISK, disk.name)
@@ -194,7 +205,7 @@ async def freeze(context: Context) -> list[Volume]:
     return layers
 
 
-async def _write_rows(
+async def write_rows(
     context: Context,
     snapshot: Snapshot,
     spec: VmSpec,
@@ -459,7 +470,7 @@ async def finish(context: Context) -> None:
     await context.env.parts.drop_scratch(_id(context))
     id_ = _id(context)
     snapshot = await context.env.records.snapshots.update(id_, lambda s: replace(s, state=SnapshotState.COMPLETE))
-    if snapshot.value.kind is not SnapshotKind.FORK:  # which comes and goes unseen
+    if snapshot.value.kind not in (SnapshotKind.FORK, SnapshotKind.SUSPEND):  # which come and go unseen
         await context.env.records.vms.update(context.vm_id, lambda vm: replace(vm, snapshot=id_))
 
 

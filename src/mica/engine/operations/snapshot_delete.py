@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from mica.engine.damage import check, closure, read_parts
-from mica.engine.definition import Context, Definition, NoParams, Proposal, Step
+from mica.engine.definition import Context, Definition, Env, NoParams, Proposal, Step
 from mica.engine.records import Claim, Draft, Versioned
 from mica.engine.snapshots import in_use, sweep
 from mica.model.errors import Code, MicaError
@@ -35,6 +35,7 @@ async def plan_delete(proposal: Proposal) -> None:
             f"snapshot {proposal.target_name} is protected from deletion",
             hint=f"`mica snapshot protect {snapshot.vm_name} {snapshot.name} --off` lifts that",
         )
+    await _check_asleep(env, snapshot)
     user = await in_use(env, snapshot.id)
     if user is not None:
         raise MicaError(
@@ -45,6 +46,18 @@ async def plan_delete(proposal: Proposal) -> None:
         )
     await _check_last_good(proposal, snapshot)
     proposal.draft.put(env.records.snapshots, snapshot.id, snapshot, row.generation)
+
+
+async def _check_asleep(env: Env, snapshot: Snapshot) -> None:
+    """Raises ``in-use`` when it is the memory of a suspended VM."""
+    status = await env.records.statuses.get(snapshot.vm_id)
+    saved = status.value.suspended if status is not None else None
+    if saved is not None and saved.snapshot == snapshot.id:
+        raise MicaError(
+            Code.IN_USE,
+            f"snapshot {snapshot.name} is the memory of {snapshot.vm_name}, which is suspended",
+            hint=f"`mica vm stop --discard {snapshot.vm_name}` gives it up",
+        )
 
 
 async def _check_last_good(proposal: Proposal, snapshot: Snapshot) -> None:

@@ -15,17 +15,14 @@ from mica.engine.operations.snapshot_create import layered_disks
 from mica.engine.operations.starting import PROMISE, START, reserve
 from mica.engine.records import Draft
 from mica.engine.settle import moved, set_state, stopped, take_down
-from mica.engine.snapshots import need_whole
+from mica.engine.snapshots import check_parts, need_whole
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
-from mica.model.snapshot import PartKind, Snapshot, SnapshotState
+from mica.model.snapshot import Snapshot, SnapshotState
 from mica.model.transitions import LIVE, VmVerb
 from mica.model.vm import Power, Vm, VmSpec, VmState
 
 replace = msgspec.structs.replace
-
-# What is checked before a guest runs on it, whatever it takes; RAM images and disk layers are checked by scrubbing.
-AT_ONCE = (PartKind.DEVICES, PartKind.CHANGES, PartKind.NVRAM)
 
 
 class Revert(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,15 +85,7 @@ async def check(context: Context) -> None:
                 hint="`mica operation list` says why; `--no-keep` gives it up",
             )
     snapshot = (await env.records.snapshots.need(params.snapshot)).value
-    for id_ in snapshot.parts:
-        part = (await env.records.parts.need(id_)).value
-        if part.kind in AT_ONCE and (params.memory or part.kind is PartKind.NVRAM):
-            try:
-                await env.parts.verify(id_, part.digest, lambda _: None)
-            except MicaError as error:
-                if error.code in (Code.CORRUPT, Code.NOT_FOUND):
-                    await env.records.parts.update(id_, lambda p, why=error.message: replace(p, damaged=why))  # type: ignore[misc]
-                raise
+    await check_parts(env, snapshot, memory=params.memory)
 
 
 async def down(context: Context) -> None:

@@ -98,11 +98,24 @@ async def begin(context: Context) -> str:
 
     From here the promise is exactly what will run; one that was larger, or was lost to a stop, ends.
     """
+    await _check_memory(context)
     spec = (await _vm(context)).spec
     overhead = context.env.hypervisor.overhead(spec)
     await context.env.records.promise(context.vm_id, Reservation(spec.memory, overhead))
     await set_state(context.env, context.vm_id, lambda o: moved(context.env, o, VmState.STARTING))
     return context.env.host.boot_id()
+
+
+async def _check_memory(context: Context) -> None:
+    """What was accepted as going on in its memory does, and nothing else: its disks belong to that."""
+    status = (await context.env.records.statuses.need(context.vm_id)).value
+    if (status.suspended is not None) != bool(context.operation.params.get("wake")):
+        raise MicaError(
+            Code.STATE_CONFLICT,
+            f"VM {context.operation.target_name} is {status.observed.state} by now, which was not expected",
+            hint="start it again",
+            retryable=True,
+        )
 
 
 async def undo_begin(context: Context) -> None:
@@ -203,6 +216,9 @@ async def plan_launch(
 async def _origin(context: Context, state: SnapshotState) -> tuple[Snapshot, Origin] | None:
     """The state that this start begins at instead of at power-on, once it has come to ``state``."""
     id_ = context.operation.params.get("origin") or (context.outputs.get("salvage") or {}).get("origin")
+    if context.operation.params.get("wake"):
+        saved = (await context.env.records.statuses.need(context.vm_id)).value.suspended
+        id_ = saved.snapshot if saved is not None else None
     if not id_:
         return None
     snapshot = await until(context.env, id_, state)
@@ -226,8 +242,9 @@ async def launch(context: Context) -> VmRuntime:
         nics,
         context.outputs["slice"],
         origin=begun[1] if begun else None,
-        # A machine that goes back in time is as much another one for its guest as one that was copied.
-        generation_id=context.operation.id if begun else "",
+        # A machine that goes back in time is as much another one for its guest as one that was copied. One that was
+        # suspended is not.
+        generation_id=context.operation.id if begun and not context.operation.params.get("wake") else "",
     )
     # When this is repeated, an earlier machine may be attached already: it ends now.
     context.env.machines.detach(vm.id)
@@ -251,11 +268,17 @@ async def undo_launch(context: Context) -> None:
     )
 
 
-async def run(context: Context) -> None:
+async def launched(context: Context) -> StatefulMachine:
+    """The machine that was launched. Raises ``qemu-failed`` with its last words."""
     machine = await context.env.machines.attach(context.vm_id)
     if machine is None:
         words = (await context.env.hypervisor.autopsy(context.output("launch", VmRuntime))).last_words
         raise MicaError(Code.QEMU_FAILED, f"QEMU ended before the guest ran{': ' + words if words else ''}")
+    return machine
+
+
+async def run(context: Context) -> None:
+    machine = await launched(context)
     paused = bool(context.operation.params.get("paused", False))
     begun = await _origin(context, SnapshotState.SAVING)
     if begun is not None:

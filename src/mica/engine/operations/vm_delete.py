@@ -10,6 +10,7 @@ import msgspec
 from mica.engine.definition import Context, Definition, Proposal, Step
 from mica.engine.operations.stopping import STOP
 from mica.engine.operations.vm_create import claim_name, erase
+from mica.engine.operations.vm_suspend import GIVE_UP
 from mica.engine.records import Draft
 from mica.engine.settle import NOT_DELETED, moved, set_state
 from mica.model.errors import Code, MicaError
@@ -82,7 +83,7 @@ async def untrash(context: Context) -> None:
 
 def delete_steps(operation: Operation) -> Sequence[Step]:
     end = Step("trash", trash, untrash, cancellable=False, words="moving it to the trash")
-    return (*STOP, end) if operation.params.get("force") else (end,)
+    return (*STOP, GIVE_UP, end) if operation.params.get("force") else (end,)
 
 
 async def plan_restore(proposal: Proposal) -> None:
@@ -163,7 +164,7 @@ def purge_steps(operation: Operation) -> Sequence[Step]:
         Step("empty", empty, undo_empty, cancellable=False, words="deleting its disks"),
         Step("forget", forget, cancellable=False, follows=True, words="deleting its logs and records"),
     )
-    return (*STOP, *end) if operation.params.get("force") else end
+    return (*STOP, GIVE_UP, *end) if operation.params.get("force") else end
 
 
 def result(context: Context) -> dict[str, Any]:

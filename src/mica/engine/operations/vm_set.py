@@ -10,11 +10,11 @@ from mica.engine.definition import Context, Definition, Proposal, Step
 from mica.engine.operations.starting import slice_limits
 from mica.engine.operations.vm_create import claim_name, with_macs
 from mica.engine.records import Draft
-from mica.model.errors import MicaError, invalid
+from mica.model.errors import Code, MicaError, invalid
 from mica.model.transitions import VmVerb
 from mica.model.units import format_size
 from mica.model.views import VmSet
-from mica.model.vm import Vm, VmSpec, check_labels, check_name, check_spec, pending_changes
+from mica.model.vm import Vm, VmSpec, VmState, check_labels, check_name, check_spec, pending_changes
 
 replace = msgspec.structs.replace
 
@@ -68,6 +68,12 @@ async def plan(proposal: Proposal) -> None:
     assert isinstance(proposal.params, VmSet)
     env, old = proposal.env, proposal.vm.value
     new = changed(old, proposal.params)
+    if proposal.expected is VmState.SUSPENDED and (fields := pending_changes(new.spec, old.spec)):
+        raise MicaError(
+            Code.STATE_CONFLICT,
+            f"VM {old.name} is suspended: its memory is that of a machine whose {', '.join(fields)} cannot change",
+            hint=f"resume it first; or give its memory up: `mica vm stop --discard {old.name}`",
+        )
     if new.spec != old.spec:
         await env.hypervisor.check(new.spec)
     if new.name != old.name:

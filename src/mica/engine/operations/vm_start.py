@@ -1,28 +1,56 @@
-"""``vm.start``: from nothing to running vCPUs."""
+"""``vm.start``: from nothing to running vCPUs, or from where a suspended VM was."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
-from mica.engine.definition import Definition, Proposal
+from mica.engine.definition import Definition, Proposal, Step
 from mica.engine.operations.salvaging import SALVAGE, reserve_most, result
 from mica.engine.operations.starting import PROMISE, START, reserve
+from mica.engine.operations.waking import WAKE
+from mica.model.errors import Code, MicaError
+from mica.model.operation import Operation
 from mica.model.transitions import VmVerb
 from mica.model.views import VmStart
-from mica.model.vm import Power
+from mica.model.vm import Power, Vm, VmState
+
+replace = msgspec.structs.replace
 
 
 async def plan(proposal: Proposal) -> None:
     assert proposal.vm is not None
     assert isinstance(proposal.params, VmStart)
-    vm = proposal.vm.value
-    if proposal.params.last_valid:
-        await reserve_most(proposal, vm, overcommit=proposal.params.overcommit)
+    body, vm = proposal.params, proposal.vm.value
+    wakes = proposal.expected is VmState.SUSPENDED
+    if body.last_valid and wakes:
+        raise MicaError(
+            Code.STATE_CONFLICT,
+            f"VM {vm.name} is suspended, and its memory belongs to its disks as they are",
+            hint=f"give its memory up first: `mica vm stop --discard {vm.name}`",
+        )
+    if body.last_valid:
+        await reserve_most(proposal, vm, overcommit=body.overcommit)
     else:
-        await reserve(proposal, vm, overcommit=proposal.params.overcommit)
-    intent = Power.PAUSED if proposal.params.paused else Power.RUNNING
-    wanted = msgspec.structs.replace(vm, intent=intent)
+        await reserve(proposal, _suspended(proposal, vm) if wakes else vm, overcommit=body.overcommit)
+    proposal.stored_params = {**proposal.stored_params, "wake": wakes}
+    wanted = replace(vm, intent=Power.PAUSED if body.paused else Power.RUNNING)
     proposal.draft.put(proposal.env.records.vms, vm.id, wanted, proposal.vm.generation)
+
+
+def _suspended(proposal: Proposal, vm: Vm) -> Vm:
+    """The VM with what its machine is made of that is suspended or about to be, whatever was set for its next one."""
+    assert proposal.status is not None
+    status = proposal.status.value
+    machine = status.suspended or status.runtime
+    return vm if machine is None else replace(vm, spec=machine.spec)
+
+
+def steps(operation: Operation) -> Sequence[Step]:
+    if operation.params.get("wake"):
+        return (PROMISE, *WAKE)
+    return (PROMISE, *(SALVAGE if operation.params.get("last_valid") else ()), *START)
 
 
 DEFINITION = Definition(
@@ -30,7 +58,7 @@ DEFINITION = Definition(
     noun="vm",
     params=VmStart,
     plan=plan,
-    steps=lambda o: (PROMISE, *(SALVAGE if o.params.get("last_valid") else ()), *START),
+    steps=steps,
     state_verb=VmVerb.START,
     result=result,
     anchored=True,

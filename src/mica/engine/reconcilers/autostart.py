@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mica.engine.engine import Engine
 
 BY = Actor("mica", "reconciler:autostart")
+DOWN = (VmState.STOPPED, VmState.CRASHED, VmState.SUSPENDED)
 
 
 def _from_before(status: VmStatus, boot_id: str) -> bool:
@@ -35,7 +36,7 @@ async def reconcile(env: Env, engine: Engine) -> str:
     refused, started = [], 0
     for vm_id, vm in wanted.items():
         status = statuses.get(vm_id)
-        down = status is not None and status.value.observed.state in (VmState.STOPPED, VmState.CRASHED)
+        down = status is not None and status.value.observed.state in DOWN
         if not down or vm.value.deleted_at is not None or engine.waiting(vm_id):
             continue
         try:

@@ -41,7 +41,7 @@ async def reconcile(env: Env, engine: Engine) -> str:
 async def _check(env: Env, engine: Engine, vm_id: str, snapshot_id: str) -> str:
     found = ""
     snapshot = await env.records.snapshots.get(snapshot_id)
-    for part in await _large(env, snapshot.value.parts if snapshot is not None else ()):
+    for part in await _large(env, snapshot.value.parts if snapshot is not None else (snapshot_id,)):
         found = found or await check(env, part, rate=RATE)
     vm = await env.records.vms.get(vm_id)
     if found and vm is not None:
