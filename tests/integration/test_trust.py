@@ -8,6 +8,7 @@ from mica.client import Client
 from mica.client.handle import VmHandle
 from mica.model.errors import Code, MicaError
 from mica.model.units import MIB, Bytes
+from mica.model.views import SnapshotCreate
 from mica.model.vm import DiskSpec, VmState
 from tests.integration.conftest import create
 from tests.integration.world import World
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.guest
 async def test_a_quiesced_guest_goes_on(booted: VmHandle) -> None:
     taken = await booted.snapshot("still", quiesce=True)
     assert taken.snapshot.quiesced
+    assert taken.snapshot.pause_s is not None
     # Its agent refuses commands while file systems are frozen.
     result = await booted.exec("echo", "thawed")
     assert result.stdout == b"thawed\n"
@@ -45,3 +47,15 @@ async def test_a_damaged_disk_goes_back_to_the_last_valid_snapshot(shared_world:
         assert kept.damaged
     finally:
         await vm.remove()
+
+
+async def test_what_a_snapshot_takes_is_known_before(booted: VmHandle, shared_client: Client) -> None:
+    takes = [await shared_client.snapshots.create(booted.id, SnapshotCreate(name=name)) for name in ("one", "two")]
+    first, second = (operation.result["expected"] for operation in takes)
+    # The first one writes what the guest has touched of its memory, the second what has changed since.
+    assert 20 * MIB < first["size"] <= 140 * MIB
+    assert 0 < second["size"] < first["size"]
+    assert abs(second["size"] - takes[1].result["changed"]) < 48 * MIB
+    for operation in takes:
+        taken = await shared_client.snapshots.get(booted.id, operation.result["id"])
+        assert taken.size < operation.result["expected"]["size"] + 48 * MIB

@@ -133,8 +133,8 @@ class Vms:
     ) -> Operation:
         """Raises ``insufficient-memory`` with the numbers and the ways out; ``overcommit`` insists.
 
-        Raises ``corrupt``, ``not-found`` where a disk is damaged or missing. With ``last_valid`` the VM goes back to its
-        last valid snapshot then, what is damaged is kept, and the operation's ``result`` names both.
+        Raises ``corrupt``, ``not-found`` where a disk is damaged or missing. With ``last_valid`` the VM goes back to
+        its last valid snapshot then, what is damaged is kept, and the operation's ``result`` names both.
         """
         body = VmStart(paused=paused, overcommit=overcommit, last_valid=last_valid)
         return await self._act(ref, "start", body, wait, on_progress)

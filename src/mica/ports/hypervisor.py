@@ -39,6 +39,14 @@ class Captured(msgspec.Struct, frozen=True, kw_only=True):
     changed: Bytes = Bytes(0)
 
 
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+    """What a capture now would come to. ``ram``: bytes of the RAM, or of the RAM image below it, that are more than
+    holes. ``changed``: bytes of memory that would be written while the machine stands still."""
+
+    ram: Bytes = Bytes(0)
+    changed: Bytes = Bytes(0)
+
+
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a monitor needs to start a VM: values made by other adapters, no promises.
 
@@ -145,6 +153,9 @@ class StatefulMachine(Machine, Protocol):
 
         Raises ``host-lacks`` naming a device that cannot be captured, ``state-conflict`` when vCPUs run.
         """
+
+    async def forecast(self) -> Forecast:
+        """What :meth:`capture` would come to now; the machine may run."""
 
     async def load(self, origin: Origin) -> None:
         """Bring a machine that was launched with an origin to that state; it is paused then. Once only.

@@ -37,6 +37,10 @@ class Parts(Protocol):
         part with it. On one file system nothing waits for the disk. Raises ``not-found``, ``insufficient-disk``
         before anything is written, ``corrupt`` when ``source`` is no ordinary file."""
 
+    async def need_space(self, size: Bytes) -> None:
+        """Raises ``insufficient-disk`` with the numbers when so much more would not fit beside what is left free for
+        the host."""
+
     async def seal(self, part_id: str, report: Callable[[float], None]) -> Seal:
         """Bring the file to disk (fsync), make it read-only and checksum it. ``report`` is told 0.0 to 1.0."""
 

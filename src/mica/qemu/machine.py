@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import structlog
 
 from mica.model.errors import Code, MicaError
 from mica.model.snapshot import MachineBuild
+from mica.model.units import Bytes
 from mica.model.vm import AgentState, IoLimits, NetworkKind, NicRuntime, VmRuntime, VmSpec
-from mica.ports.hypervisor import Captured, EventKind, Exit, MachineEvent, MachineStatus, Origin, RunState
+from mica.ports.hypervisor import Captured, EventKind, Exit, Forecast, MachineEvent, MachineStatus, Origin, RunState
 from mica.ports.volumes import Volume
 from mica.qemu import layers, pages, state
 from mica.qemu.devices import agent, disk, nic
@@ -124,6 +126,14 @@ class QemuMachine:
         if (await self.monitor.run("query-status"))["running"]:
             raise MicaError(Code.STATE_CONFLICT, "a machine that runs cannot be captured", hint="pause it first")
         return await state.capture(self.monitor, self._pid, self._runtime, self._ram(), self._build, into)
+
+    async def forecast(self) -> Forecast:
+        # In units of 512 bytes (inode(7)).
+        ram = os.stat(f"/proc/{self._pid}/fd/{self._runtime.handle['ram']}").st_blocks * 512
+        if not self._runtime.ram:
+            return Forecast(ram=Bytes(ram))
+        runs = await asyncio.to_thread(pages.changed, self._pid, self._ram())
+        return Forecast(ram=Bytes(ram), changed=Bytes(sum(count for _, count in runs) * pages.PAGE))
 
     async def load(self, origin: Origin) -> None:
         try:

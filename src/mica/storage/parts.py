@@ -108,6 +108,10 @@ class DirectoryParts:
             need_space(self._root, found.st_blocks * 512, self._reserve)
             await in_thread(_copy, source, path, stop, stop=stop)
 
+    async def need_space(self, size: Bytes) -> None:
+        make_parts_directory(self._root)
+        need_space(self._root, size, self._reserve)
+
     async def seal(self, part_id: str, report: Callable[[float], None]) -> Seal:
         """See the protocol. Raises ``not-found``."""
         path = self.path(part_id)

@@ -10,7 +10,7 @@ from mica.model.snapshot import MachineBuild
 from mica.model.units import MIB, Bytes
 from mica.model.vm import AgentState, NicRuntime, VmRuntime, VmSpec
 from mica.ports.guests import GuestFacts
-from mica.ports.hypervisor import Captured, Exit, LaunchPlan, MachineStatus, Origin, RunState
+from mica.ports.hypervisor import Captured, Exit, Forecast, LaunchPlan, MachineStatus, Origin, RunState
 from mica.ports.volumes import Volume
 from mica.testing.simulated_files import PARTS
 from mica.testing.simulated_world import Behaviour, Feed, SimulatedHost, SimulatedProcess
@@ -73,6 +73,14 @@ class SimulatedMachine:
                 return Captured(devices=into / "devices", build=BUILD)
             world.storage.put(into / "changes", self.process.memory)
             return Captured(devices=into / "devices", changes=into / "changes", build=BUILD, changed=Bytes(MIB))
+
+    async def forecast(self) -> Forecast:
+        async with self._faults.around("machine.forecast"):
+            self._check_alive()
+            process = self.process
+            ram = int(process.plan.vm.spec.memory * process.behaviour.touched)
+            changed = process.behaviour.changes if process.plan.origin is not None else 0
+            return Forecast(ram=Bytes(ram), changed=Bytes(changed))
 
     async def load(self, origin: Origin) -> None:
         async with self._faults.around("machine.load"):

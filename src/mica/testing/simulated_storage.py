@@ -212,6 +212,12 @@ class SimulatedParts:
             file.read_only, file.allocated = True, _ALLOCATED
             self._files.there[path] = file
 
+    async def need_space(self, size: Bytes) -> None:
+        async with self._faults.around("parts.need_space"):
+            if self._world.disk_free < size:
+                free, needed = format_size(self._world.disk_free), format_size(size)
+                raise MicaError(Code.INSUFFICIENT_DISK, f"{free} are free, {needed} are needed")
+
     async def seal(self, part_id: str, report: Callable[[float], None]) -> Seal:
         async with self._faults.around("parts.seal"):
             file = self._file(part_id)

@@ -31,7 +31,8 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     ``agent_after_s``: it opens the agent's port. ``hears_after_s``: it has booted so far that a request to power off is
     not lost. ``obeys_after_s``: it has powered off, counted from the first request that it heard.
     ``power_off_after_s``: it powers off by itself. ``killed_after_s``: its QEMU is killed. ``cpu`` is its use of
-    processors, ``touched`` the share of its RAM that it has written to.
+    processors, ``touched`` the share of its RAM that it has written to, ``changes`` bytes of it since
+    it became a private child.
     """
 
     agent_after_s: float | None = 1.0
@@ -41,6 +42,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     killed_after_s: float | None = None
     cpu: float = 0.02
     touched: float = 0.5
+    changes: int = MIB
 
 
 class SimulatedProcess:

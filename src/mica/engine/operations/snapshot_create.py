@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from mica.engine.definition import Context, Definition, Env, Proposal, Step, from_plain
-from mica.engine.operations import quiescing
+from mica.engine.operations import forecasting, quiescing
 from mica.engine.operations.quiescing import check_can_freeze
 from mica.engine.operations.starting import plan_launch
 from mica.engine.records import Claim, Draft
@@ -479,6 +479,7 @@ def result(context: Context) -> dict[str, Any]:
     return {
         "id": _id(context),
         "pause_s": context.outputs.get("go-on"),
+        "expected": context.outputs.get("forecast"),
         "changed": captured.changed if captured is not None else 0,
         "frozen": context.outputs.get("quiesce"),
         "thawed": context.outputs.get("thaw", True),
@@ -488,6 +489,7 @@ def result(context: Context) -> dict[str, Any]:
 STEPS = (
     Step("record", record, undo_record, words="noting it"),
     Step("look", look, words="looking at the machine"),
+    Step("forecast", forecasting.forecast, words="seeing what it will take"),
     Step("freeze", freeze, undo_freeze, words="making new layers for its disks"),
     Step("spare", spare, undo_spare, words="starting the machine that goes on"),
     Step("quiesce", quiescing.freeze, quiescing.undo_freeze, words="freezing the guest's file systems"),
