@@ -6,6 +6,7 @@ import uuid
 
 import msgspec
 
+from mica.engine.damage import check
 from mica.engine.definition import Env
 from mica.engine.records import Draft
 from mica.model.errors import Code, MicaError
@@ -118,17 +119,16 @@ async def need_whole(env: Env, snapshot: Snapshot) -> None:
 
 
 async def check_parts(env: Env, snapshot: Snapshot, *, memory: bool = True) -> None:
-    """Everything that a guest would run on at once is as it was written. What is not is marked, and raised:
-    ``corrupt``, ``not-found``."""
+    """Everything that a guest would run on at once is as it was written. What is not is marked. Raises ``corrupt``."""
     for id_ in snapshot.parts:
         part = (await env.records.parts.need(id_)).value
-        if part.kind in AT_ONCE and (memory or part.kind is PartKind.NVRAM):
-            try:
-                await env.parts.verify(id_, part.digest, lambda _: None)
-            except MicaError as error:
-                if error.code in (Code.CORRUPT, Code.NOT_FOUND):
-                    await env.records.parts.update(id_, lambda p, why=error.message: replace(p, damaged=why))  # type: ignore[misc]
-                raise
+        at_once = part.kind in AT_ONCE and (memory or part.kind is PartKind.NVRAM)
+        if at_once and (found := await check(env, part)):
+            raise MicaError(
+                Code.CORRUPT,
+                f"snapshot {snapshot.name} of {snapshot.vm_name} is damaged: {found}",
+                hint=f"go back to another one: `mica snapshot list {snapshot.vm_name}`",
+            )
 
 
 async def sweep(env: Env) -> str:
