@@ -154,7 +154,8 @@ class FakeEngine(FakeSnapshots):
         return self.machines[view.id]
 
     async def _vm_create(self, _target: str, params: VmCreate, _if_match: int | None) -> tuple[str, str]:
-        if params.image and params.image not in self.kept_images:
+        origin = next((v.snapshot for v in (await self.templates()).items if v.snapshot.name == params.image), None)
+        if params.image and origin is None and params.image not in self.kept_images:
             raise not_found("image", params.image, hint="`mica image list` shows them")
         name = check_name(params.name or f"{params.image or 'vm'}-{len(self.machines) + 1}", "VM name")
         if any(vm.name == name for vm in self.machines.values()):
@@ -180,7 +181,9 @@ class FakeEngine(FakeSnapshots):
             observed=VmObserved(state=VmState.RUNNING if params.start else VmState.STOPPED, since=NOW),
             labels=check_labels(params.labels),
             description=params.description,
-            image_name=params.image,
+            image_name="" if origin else params.image,
+            snapshot=origin.id if origin else "",
+            forked_from=origin.name if origin else "",
             created_at=NOW,
             created_by=MAKER.name,
         )

@@ -12,7 +12,7 @@ from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
 from mica.model.errors import Code, MicaError, Problem, invalid, not_found
 from mica.model.operation import Actor, Operation, OperationState
-from mica.model.snapshot import MachineBuild, MemoryState, Snapshot, SnapshotKind, SnapshotState
+from mica.model.snapshot import HISTORY, MachineBuild, MemoryState, Snapshot, SnapshotKind, SnapshotState
 from mica.model.units import MIB, Bytes
 from mica.model.views import (
     ForkAccepted,
@@ -55,7 +55,8 @@ class FakeSnapshots(FakeGuests, ABC):
         items = [
             self._now(view)
             for view in self.shelf.values()
-            if (not vm or view.snapshot.vm_id == vm_id) and (forks or view.snapshot.kind is not SnapshotKind.FORK)
+            if (not vm or view.snapshot.vm_id == vm_id)
+            and view.snapshot.kind in (*HISTORY, *((SnapshotKind.FORK,) if forks else ()))
         ]
         return SnapshotPage(revision=1, items=tuple(items))
 
@@ -66,6 +67,16 @@ class FakeSnapshots(FakeGuests, ABC):
             if snapshot.vm_id == vm_id and (ref == snapshot.name or (len(ref) >= 8 and snapshot.id.startswith(ref))):
                 return self._now(view)
         raise not_found("snapshot", ref, hint=f"`mica snapshot list {vm}` shows them")
+
+    async def templates(self) -> SnapshotPage:
+        found = [view for view in self.shelf.values() if view.snapshot.kind is SnapshotKind.TEMPLATE]
+        return SnapshotPage(revision=1, items=tuple(map(self._now, sorted(found, key=lambda v: v.snapshot.name))))
+
+    async def template(self, ref: str) -> SnapshotView:
+        for view in (await self.templates()).items:
+            if ref == view.snapshot.name or (len(ref) >= 8 and view.snapshot.id.startswith(ref)):
+                return view
+        raise not_found("template", ref, hint="`mica template list` shows them")
 
     def _now(self, view: SnapshotView) -> SnapshotView:
         vms = [vm for vm in self.machines.values() if vm.snapshot == view.snapshot.id]
@@ -78,7 +89,12 @@ class FakeSnapshots(FakeGuests, ABC):
     # -- verbs -------------------------------------------------------------------------------------------------
 
     async def _shelve(self, vm: VmView, take: Take) -> SnapshotView:
-        here = {view.snapshot.name for view in self.shelf.values() if view.snapshot.vm_id == vm.id}
+        mine = take.kind is SnapshotKind.TEMPLATE
+        here = {
+            view.snapshot.name
+            for view in self.shelf.values()
+            if (view.snapshot.kind is SnapshotKind.TEMPLATE) is mine and (mine or view.snapshot.vm_id == vm.id)
+        }
         name = check_name(take.name or f"snapshot-{len(here) + 1}", "snapshot name")
         if name in here:
             raise MicaError(Code.EXISTS, f"VM {vm.name} has a snapshot {name} already", hint="choose another name")
@@ -108,7 +124,7 @@ class FakeSnapshots(FakeGuests, ABC):
             verified_at=NOW,
         )
         await self._put_snapshot(view)
-        if take.kind is not SnapshotKind.FORK:
+        if take.kind in HISTORY:
             await self._put(replace(self.machines[vm.id], snapshot=snapshot.id))
         return view
 
@@ -144,7 +160,8 @@ class FakeSnapshots(FakeGuests, ABC):
         return id_, self._title(id_), {"parts": 3, "damaged": {str(part): why for part, why in damaged.items()}}
 
     def _title(self, id_: str) -> str:
-        return f"{self.shelf[id_].snapshot.vm_name}/{self.shelf[id_].snapshot.name}"
+        snapshot = self.shelf[id_].snapshot
+        return snapshot.name if snapshot.kind is SnapshotKind.TEMPLATE else f"{snapshot.vm_name}/{snapshot.name}"
 
     def _operation(self, verb: str, vm: VmView, params: msgspec.Struct, by: Actor, **more: Any) -> Operation:
         return Operation(

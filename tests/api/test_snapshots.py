@@ -20,6 +20,7 @@ async def web(http: httpx.AsyncClient) -> dict[str, Any]:
     """A running VM ``web`` with the snapshot ``clean``."""
     await create(http, name="web", start=True)
     await http.post(SNAPSHOTS, json={"name": "clean"})
+    await http.post("/v1/templates", json={"vm": "web", "name": "golden"})
     found: dict[str, Any] = (await http.get(f"{SNAPSHOTS}/clean")).json()
     return found
 
@@ -145,6 +146,11 @@ ROUTES = [
     ("POST", f"{SNAPSHOTS}/clean/verify"),
     ("POST", f"{SNAPSHOTS}/clean/restore"),
     ("POST", "/v1/vms/web/fork"),
+    ("GET", "/v1/templates"),
+    ("GET", "/v1/templates/golden"),
+    ("PATCH", "/v1/templates/golden"),
+    ("DELETE", "/v1/templates/golden"),
+    ("POST", "/v1/templates/golden/verify"),
 ]
 
 

@@ -49,6 +49,12 @@ class OverEngine(FakeEngine):
     async def snapshots(self, vm: str = "", *, forks: bool = False) -> SnapshotPage:
         return await self._engine.views.snapshots(vm, forks=forks)
 
+    async def templates(self) -> SnapshotPage:
+        return await self._engine.views.templates()
+
+    async def template(self, ref: str) -> SnapshotView:
+        return await self._engine.views.template(ref)
+
     async def snapshot(self, vm: str, ref: str) -> SnapshotView:
         return await self._engine.views.snapshot(vm, ref)
 
@@ -148,3 +154,26 @@ async def test_forks_run_and_are_named() -> None:
         assert await api.refused("POST", "/v1/vms/web/fork", {"count": 0}) == (400, "invalid")
         assert await api.refused("POST", "/v1/vms/web/fork", {"name": "w-1"}) == (409, "exists")
         assert await api.refused("POST", "/v1/vms/web/fork", {"snapshot": "nothing"}) == (404, "not-found")
+
+
+async def test_a_template_through_its_life() -> None:
+    async with web() as api:
+        taken = await api.done("POST", "/v1/templates", {"vm": "web", "name": "golden", "description": "as installed"})
+        assert (taken["verb"], taken["target_name"]) == ("snapshot.create", "web")
+        view = await api.get("/v1/templates/golden")
+        assert (view["snapshot"]["id"], view["snapshot"]["kind"]) == (taken["result"]["id"], "template")
+        assert await api.refused("POST", "/v1/templates", {"vm": "web", "name": "golden"}) == (409, "exists")
+        assert await api.refused("POST", "/v1/templates", {"vm": "nobody"}) == (404, "not-found")
+        made = await api.done("POST", "/v1/vms", {"image": "golden", "name": "b", "start": True})
+        copy = await api.get(f"/v1/{made['target'].replace('vm/', 'vms/')}")
+        assert (copy["forked_from"], copy["observed"]["state"]) == ("golden", "running")
+        larger = {"image": "golden", "start": True, "memory": 512 * 1024**2}
+        assert await api.refused("POST", "/v1/vms", larger) == (400, "invalid")
+        changed = await api.done("PATCH", "/v1/templates/golden", {"name": "fresh", "protected": True})
+        assert changed["target"] == f"snapshot/{view['snapshot']['id']}"
+        assert await api.refused("GET", "/v1/templates/golden") == (404, "not-found")
+        assert (await api.done("POST", "/v1/templates/fresh/verify"))["result"]["damaged"] == {}
+        assert await api.refused("DELETE", "/v1/templates/fresh") == (409, "protected")
+        await api.done("PATCH", "/v1/templates/fresh", {"protected": False})
+        await api.done("DELETE", f"/v1/templates/{view['snapshot']['id'][:8]}")
+        assert (await api.get("/v1/templates"))["items"] == []

@@ -13,7 +13,19 @@ from mica.api.gate import Gate
 from mica.api.lifetime import Lifetime
 from mica.api.params import actor, terms
 from mica.api.problems import HANDLERS
-from mica.api.routes import console, events, execs, files, host, images, operations, schema, snapshots, vms
+from mica.api.routes import (
+    console,
+    events,
+    execs,
+    files,
+    host,
+    images,
+    operations,
+    schema,
+    snapshots,
+    templates,
+    vms,
+)
 from mica.model.errors import invalid
 
 if TYPE_CHECKING:
@@ -28,6 +40,7 @@ ROUTES: list[ControllerRouterHandler] = [
     *host.HANDLERS,
     *vms.HANDLERS,
     *snapshots.HANDLERS,
+    *templates.HANDLERS,
     *operations.HANDLERS,
     *images.HANDLERS,
     *events.HANDLERS,

@@ -84,6 +84,11 @@ class Reads(Protocol):
     async def snapshot(self, vm: str, ref: str) -> SnapshotView:
         """``ref`` is a name within the VM, an id, or the unique beginning of one."""
 
+    async def templates(self) -> SnapshotPage: ...
+
+    async def template(self, ref: str) -> SnapshotView:
+        """``ref`` is a name, an id, or the unique beginning of one."""
+
     async def host(self) -> HostView: ...
 
     async def doctor(self, *, fresh: bool = False) -> DoctorReport: ...

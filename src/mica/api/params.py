@@ -11,7 +11,7 @@ from litestar.di import NamedDependency
 from litestar.params import HeaderParameter, PathParameter, QueryParameter, SkipValidation
 
 from mica.api.facade import Facade
-from mica.model.errors import invalid
+from mica.model.errors import Code, MicaError, invalid
 from mica.model.operation import Actor, Operation
 
 EngineDep = NamedDependency[SkipValidation[Facade]]
@@ -72,6 +72,17 @@ def labels_of(pairs: list[str] | None) -> dict[str, str] | None:
         if "=" not in pair:
             raise invalid(f"label {pair!r} is not KEY=VALUE", hint="write ?label=tier=web")
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+def check_generation(what: str, generation: int, on: Terms) -> None:
+    """Raises ``generation-conflict`` when ``what`` has another generation than the one that is to be changed."""
+    if on.if_match is not None and on.if_match != generation:
+        raise MicaError(
+            Code.GENERATION_CONFLICT,
+            f"{what} has generation {generation}, not {on.if_match}",
+            hint="somebody changed it: read it again and decide anew",
+            details={"generation": generation, "if_match": on.if_match},
+        )
 
 
 async def submit(engine: Facade, verb: str, target: str, params: msgspec.Struct, on: Terms) -> Response[Operation]:

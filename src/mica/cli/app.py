@@ -47,6 +47,9 @@ SECTIONS = (
                 "snapshot", "mica.cli.snapshot:app", "VMs at one moment: create, list, restore, verify …", "VERB …"
             ),
             Command("fork", "mica.cli.fork:fork", "make running copies of a VM in a moment", "VM"),
+            Command(
+                "template", "mica.cli.template:app", "VMs that others begin at: create, list, set, delete …", "VERB …"
+            ),
             Command("image", "mica.cli.image:app", "what VMs start from: list, build, import, verify …", "VERB …"),
             Command("operation", "mica.cli.operation:app", "what Mica is doing: list, wait, cancel …", "VERB …"),
             Command("events", "mica.cli.events:events", "follow what changes"),

@@ -32,7 +32,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def names(noun: str, context: CompletionContext) -> list[str]:
-    """Names of ``vms``, ``images`` or ``operations`` for the command line that is being completed."""
+    """Names of ``vms``, ``images``, ``templates`` or ``operations`` for the command line that is being completed."""
     from mica.cli.main import process_world
 
     home = context.get("--home")
@@ -67,6 +67,6 @@ def names_from(noun: str, world: World, home: str = "") -> list[str]:
 def _name(noun: str, item: dict[str, Any]) -> str:
     if noun == "images":
         return str(item["image"]["name"])
-    if noun.endswith("snapshots"):
+    if noun.endswith(("snapshots", "templates")):
         return str(item["snapshot"]["name"])
     return str(item["id"] if noun == "operations" else item["name"])

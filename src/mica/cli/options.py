@@ -61,6 +61,16 @@ def _image_names(context: CompletionContext) -> list[str]:
     return names("images", context)
 
 
+def _template_names(context: CompletionContext) -> list[str]:
+    from mica.cli.complete import names
+
+    return names("templates", context)
+
+
+def _image_or_template_names(context: CompletionContext) -> list[str]:
+    return _image_names(context) + _template_names(context)
+
+
 def _operation_ids(context: CompletionContext) -> list[str]:
     from mica.cli.complete import names
 
@@ -80,6 +90,8 @@ Many = Annotated[tuple[str, ...], Parameter(negative=())]
 VmArg = Annotated[str, Parameter(completer=_vm_names)]
 VmArgs = Annotated[tuple[str, ...], Parameter(completer=_vm_names)]
 ImageArg = Annotated[str, Parameter(completer=_image_names)]
+TemplateArg = Annotated[str, Parameter(completer=_template_names)]
+ImageOrTemplateArg = Annotated[str, Parameter(completer=_image_or_template_names)]
 SnapshotArg = Annotated[str, Parameter(completer=_snapshot_names)]
 OperationArg = Annotated[str, Parameter(completer=_operation_ids)]
 Hidden = Parameter(parse=False)

@@ -8,7 +8,7 @@ from typing import Annotated
 from mica.cli.context import Context
 from mica.cli.guest import NO_GUEST_OPTIONS, GuestOptions, run_in_guest
 from mica.cli.interrupts import absorb_cancellation
-from mica.cli.options import DEFAULTS, Duration, Flag, Hidden, ImageArg, Options
+from mica.cli.options import DEFAULTS, Duration, Flag, Hidden, ImageOrTemplateArg, Options
 from mica.cli.progress import Progress
 from mica.cli.shape import NO_SHAPE, Shape
 from mica.cli.vm_show import address, publish_text
@@ -22,7 +22,7 @@ _REMOVE_TIMEOUT_S = 120.0
 
 
 async def run(
-    image: ImageArg,
+    image: ImageOrTemplateArg,
     /,
     *command: str,
     rm: Flag = False,
@@ -34,13 +34,14 @@ async def run(
 ) -> int:
     """Create a VM, start it, wait for its guest agent, and run a command in it: mica run IMAGE -- COMMAND…
 
-    The images micro and debian are built on first use. With a command, its exit status becomes ours. Ctrl-C before the
+    From a template (mica template) it begins as a running copy of that, in a moment. The images micro and debian are
+    built on first use. With a command, its exit status becomes ours. Ctrl-C before the
     VM runs cancels and leaves nothing behind.
 
     Parameters
     ----------
     image
-        Name or digest of the image: see mica image list.
+        Name or digest of an image, or name of a template: see mica image list, mica template list.
     command
         The command for the guest, after --. Without one the VM is left running.
     rm
@@ -53,15 +54,15 @@ async def run(
         async def wait(operation: Operation) -> Operation:
             return await ctx.wait(client, operation, cancel=True)
 
-        found = await client.images.ensure(image, waiter=wait)
+        agent = await client.ensure(image, waiter=wait)
         body = make_create(image, start=True, ephemeral=rm, **shape.fields())
         operation = await ctx.perform(client, client.vms.create(body, wait=False), cancel=True)
         vm = await client.vms.get(vm_id(operation))
         vm.rm = rm and bool(command)
         if not vm.rm:
-            return await _use(ctx, vm, command, how, agent=found.image.agent, agent_timeout_s=agent_timeout)
+            return await _use(ctx, vm, command, how, agent=agent, agent_timeout_s=agent_timeout)
         try:
-            return await _use(ctx, vm, command, how, agent=found.image.agent, agent_timeout_s=agent_timeout)
+            return await _use(ctx, vm, command, how, agent=agent, agent_timeout_s=agent_timeout)
         finally:
             await _remove(ctx, client, vm)
 

@@ -131,7 +131,7 @@ async def delete(
             ctx,
             (snapshot, *snapshots),
             lambda ref: ctx.perform(client, client.snapshots.delete(vm, ref, wait=False)),
-            _said("is deleted"),
+            said("is deleted"),
         )
 
 
@@ -229,7 +229,7 @@ async def verify(
         async def work(ref: str) -> Operation:
             return verdict(await ctx.perform(client, client.snapshots.verify(vm, ref, wait=False), cancel=True))
 
-        return await for_each(ctx, (snapshot, *snapshots), work, _said("is whole"))
+        return await for_each(ctx, (snapshot, *snapshots), work, said("is whole"))
 
 
 async def _set(ctx: Context, vm: str, snapshot: str, body: SnapshotSet, outcome: Callable[[SnapshotView], str]) -> None:
@@ -240,7 +240,9 @@ async def _set(ctx: Context, vm: str, snapshot: str, body: SnapshotSet, outcome:
     ctx.emit(view, lambda: outcome(view))
 
 
-def _said(what: str) -> Callable[[Operation], Awaitable[str]]:
+def said(what: str) -> Callable[[Operation], Awaitable[str]]:
+    """What to tell of an operation that has ended well."""
+
     async def outcome(operation: Operation) -> str:
         return f"{operation.target_name} {what}"
 

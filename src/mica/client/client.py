@@ -14,6 +14,7 @@ from mica.client.events import Events
 from mica.client.images import Images, Waiter
 from mica.client.operations import OnProgress, Operations
 from mica.client.snapshots import Snapshots
+from mica.client.templates import Templates
 from mica.client.transport import DEFAULT_TIMEOUT_S, Endpoint, Transport, is_denied, parse_url, path_of
 from mica.client.vms import AGENT_TIMEOUT_S, Vms, make_create, vm_id
 from mica.model.doctor import DoctorReport
@@ -79,6 +80,7 @@ class Client:
         self.events = Events(self.transport)
         self.images = Images(self.transport, self.operations)
         self.snapshots = Snapshots(self.transport, self.operations)
+        self.templates = Templates(self.transport, self.operations)
         self.vms = Vms(self.transport, self.operations, self.events)
 
     async def __aenter__(self) -> Self:
@@ -119,6 +121,24 @@ class Client:
             "GET", path_of("host", "doctor"), DoctorReport, params={"fresh": fresh}, timeout_s=_DOCTOR_TIMEOUT_S
         )
 
+    async def ensure(self, ref: str, *, waiter: Waiter | None = None) -> bool:
+        """Make sure that a VM can be made from ``ref``, an image or a template; returns whether it has a guest agent.
+
+        An image that Mica knows how to make is built first. Raises ``not-found`` naming what there is.
+        """
+        try:
+            return (await self.images.ensure(ref, waiter=waiter)).image.agent
+        except MicaError as error:
+            if error.code is not Code.NOT_FOUND:
+                raise
+            try:
+                spec = (await self.templates.get(ref)).snapshot.spec
+            except MicaError as unknown:
+                if unknown.code is not Code.NOT_FOUND:
+                    raise
+                raise error from None
+        return spec.image is not None and (await self.images.get(spec.image)).image.agent
+
     async def run(
         self,
         image: str,
@@ -139,7 +159,8 @@ class Client:
     ) -> VmHandle:
         """Create a VM from ``image``, start it, wait until its guest agent answers, and return it.
 
-        ``micro`` and ``debian`` are built on first use. Sizes are bytes or words such as ``"512M"``; ``publish`` takes
+        ``image`` may also be the name of a template: the VM begins as a copy of that, memory and all. ``micro`` and
+        ``debian`` are built on first use. Sizes are bytes or words such as ``"512M"``; ``publish`` takes
         ``"8080:80"``. With ``rm`` the VM is deleted for good when its guest shuts down, and at the end of ``async with
         vm:``. ``more`` are further fields of :class:`mica.model.views.VmCreate`. ``on_progress`` is called with the
         operation that is waited for; ``waiter`` replaces how operations are waited for.
@@ -148,7 +169,7 @@ class Client:
         ``agent-unavailable`` and what QEMU said.
         """
         wait = waiter or (lambda operation: self.operations.wait(operation.id, on_progress))
-        view = await self.images.ensure(image, waiter=wait)
+        agent = await self.ensure(image, waiter=wait)
         body = make_create(
             image,
             name=name or "",
@@ -165,6 +186,6 @@ class Client:
         operation = await wait(await self.vms.create(body, wait=False))
         vm = await self.vms.get(vm_id(operation))
         vm.rm = rm
-        if wait_agent and view.image.agent and vm.view.observed.agent is not AgentState.READY:
+        if wait_agent and agent and vm.view.observed.agent is not AgentState.READY:
             await vm.wait_agent(timeout_s=agent_timeout_s)
         return vm

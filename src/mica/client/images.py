@@ -7,14 +7,11 @@ from collections.abc import Awaitable, Callable
 from mica.client.operations import OnProgress, Operations
 from mica.client.transport import Transport, path_of
 from mica.model.errors import Code, MicaError, not_found
-from mica.model.image import DebianRecipe, ImageRecipe, MicroRecipe
+from mica.model.image import BUILT_IN, ImageRecipe
 from mica.model.operation import Operation
 from mica.model.views import ImageMake, ImagePage, ImageView
 
 Waiter = Callable[[Operation], Awaitable[Operation]]
-
-# What `mica run NAME` builds on first use.
-RECIPES: dict[str, type[MicroRecipe | DebianRecipe]] = {"micro": MicroRecipe, "debian": DebianRecipe}
 
 
 class Images:
@@ -57,15 +54,15 @@ class Images:
         except MicaError as error:
             if error.code is not Code.NOT_FOUND:
                 raise
-        if ref not in RECIPES:
+        if ref not in BUILT_IN:
             raise await self._unknown(ref)
-        operation = await self.make(RECIPES[ref](), wait=False)
+        operation = await self.make(BUILT_IN[ref](), wait=False)
         await (waiter(operation) if waiter else self._operations.wait(operation.id))
         return await self.get(ref)
 
     async def _unknown(self, ref: str) -> MicaError:
         there = sorted({view.image.name for view in await self.list()})
         hint = f"there are: {', '.join(there)}; " if there else "there are none yet; "
-        buildable = [name for name in RECIPES if name not in there]
+        buildable = [name for name in BUILT_IN if name not in there]
         hint += f"built on first use: {', '.join(buildable)}; " if buildable else ""
         return not_found("image", ref, hint=hint + "others come with: mica image import FILE --name NAME")

@@ -27,11 +27,12 @@ def verdict(operation: Operation) -> Operation:
     damaged = operation.result.get("damaged")
     if not damaged:
         return operation
-    vm, _, name = operation.target_name.partition("/")
+    vm, slash, name = operation.target_name.partition("/")
+    what = f"snapshot {name} of {vm}" if slash else f"template {vm}"
     raise MicaError(
         Code.CORRUPT,
-        f"snapshot {name} of {vm} is damaged: {'; '.join(damaged.values())}",
-        hint=f"go back to another one: mica snapshot list {vm}",
+        f"{what} is damaged: {'; '.join(damaged.values())}",
+        hint=f"go back to another one: mica snapshot list {vm}" if slash else "make another one, and delete this",
         details={"damaged": damaged, "operation": operation.id},
     )
 

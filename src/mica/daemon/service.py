@@ -135,6 +135,12 @@ class Service:
     async def snapshot(self, vm: str, ref: str) -> SnapshotView:
         return await self._views.snapshot(vm, ref)
 
+    async def templates(self) -> SnapshotPage:
+        return await self._views.templates()
+
+    async def template(self, ref: str) -> SnapshotView:
+        return await self._views.template(ref)
+
     async def host(self) -> HostView:
         capacity = self._engine.env.host.capacity()
         ledger = (await self._records.read_ledger()).value.reserved.values()

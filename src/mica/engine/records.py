@@ -162,6 +162,7 @@ class Records:
         self.execs = Table(store, "exec", ExecRecord)
         self.snapshots = Table(store, "snapshot", Snapshot)
         self.snapshot_names = Table(store, "snapshot.name", Claim)
+        self.template_names = Table(store, "template.name", Claim)
         self.parts = Table(store, "part", Part)
 
     async def commit(self, draft: Draft, *, durable: bool = True) -> int:
@@ -237,3 +238,15 @@ class Records:
             if len(hits) == 1:
                 return hits[0]
         raise not_found("snapshot", ref, hint="`mica snapshot list` lists them all")
+
+    async def resolve_template(self, ref: str) -> str:
+        """The id of the template meant by a name, an id, or the unique beginning of an id. Raises ``not-found``."""
+        claim = await self.template_names.get(ref)
+        if claim is not None:
+            return claim.value.holder
+        if len(ref) >= 8:
+            ids = {row.value.holder for row in (await self.template_names.scan()).values()}
+            hits = [id_ for id_ in ids if id_.startswith(ref)]
+            if len(hits) == 1:
+                return hits[0]
+        raise not_found("template", ref, hint="`mica template list` lists them all")

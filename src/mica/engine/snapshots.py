@@ -8,7 +8,7 @@ import msgspec
 
 from mica.engine.damage import check
 from mica.engine.definition import Env
-from mica.engine.records import Draft
+from mica.engine.records import Claim, Draft, Records, Table, Versioned
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
 from mica.model.snapshot import Part, PartKind, Snapshot, SnapshotKind, SnapshotState
@@ -38,6 +38,27 @@ def origin_of(env: Env, snapshot: Snapshot) -> Origin | None:
         changes=env.parts.path(memory.changes) if memory.changes else None,
         build=memory.build,
     )
+
+
+def claim_of(records: Records, snapshot: Snapshot) -> tuple[Table[Claim], str]:
+    """Where its name is claimed: among those of its VM, or, for what outlives that, among all templates."""
+    if snapshot.kind is SnapshotKind.TEMPLATE:
+        return records.template_names, snapshot.name
+    return records.snapshot_names, f"{snapshot.vm_id}/{snapshot.name}"
+
+
+def draft_forget(records: Records, draft: Draft, row: Versioned[Snapshot]) -> None:
+    """Delete a snapshot's row and the claim on its name, as a part of ``draft``."""
+    table, key = claim_of(records, row.value)
+    draft.delete(table, key)
+    draft.delete(records.snapshots, row.value.id, row.generation)
+
+
+def word(snapshot: Snapshot) -> str:
+    """What it is and what it is called, for a message."""
+    if snapshot.kind is SnapshotKind.TEMPLATE:
+        return f"template {snapshot.name}"
+    return f"snapshot {snapshot.name} of {snapshot.vm_name}"
 
 
 async def until(env: Env, snapshot_id: str, state: SnapshotState) -> Snapshot:
@@ -105,17 +126,23 @@ async def need_whole(env: Env, snapshot: Snapshot) -> None:
         if part is None:
             raise MicaError(
                 Code.CORRUPT,
-                f"snapshot {snapshot.name} of {snapshot.vm_name} is not whole: a part of it is not known",
-                hint=f"go back to another one: `mica snapshot list {snapshot.vm_name}`",
+                f"{word(snapshot)} is not whole: a part of it is not known",
+                hint=_instead(snapshot),
             )
         if part.damaged:
             raise MicaError(
                 Code.CORRUPT,
-                f"snapshot {snapshot.name} of {snapshot.vm_name} is damaged: {part.kind} {part.name}: {part.damaged}",
-                hint=f"go back to another one: `mica snapshot list {snapshot.vm_name}`",
+                f"{word(snapshot)} is damaged: {part.kind} {part.name}: {part.damaged}",
+                hint=_instead(snapshot),
             )
         if part.base:
             waiting.append(part.base)
+
+
+def _instead(snapshot: Snapshot) -> str:
+    if snapshot.kind is SnapshotKind.TEMPLATE:
+        return f"make another one of a VM, and delete this: `mica template delete {snapshot.name}`"
+    return f"go back to another one: `mica snapshot list {snapshot.vm_name}`"
 
 
 async def check_parts(env: Env, snapshot: Snapshot, *, memory: bool = True) -> None:
@@ -176,8 +203,7 @@ async def forget_fork_points(env: Env) -> None:
         if await in_use(env, id_) is not None:
             continue
         draft = Draft()
-        draft.delete(env.records.snapshot_names, f"{snapshot.vm_id}/{snapshot.name}")
-        draft.delete(env.records.snapshots, id_, row.generation)
+        draft_forget(env.records, draft, row)
         try:
             await env.records.commit(draft)
         except Conflict:

@@ -14,7 +14,7 @@ from mica.engine.operations.vm_create import find_image
 from mica.engine.records import ImageRow, Records, Versioned
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Operation, OperationState
-from mica.model.snapshot import Part, Snapshot, SnapshotKind, SnapshotState
+from mica.model.snapshot import HISTORY, LASTING, Part, Snapshot, SnapshotKind, SnapshotState
 from mica.model.units import Bytes
 from mica.model.views import (
     Event,
@@ -37,8 +37,8 @@ replace = msgspec.structs.replace
 
 MAX_PAGE = 1000
 _TOLD = ("vm", "operation", "image", "snapshot")
-# What people asked for, or will want; all others come and go with what they are for.
-_LISTED = (SnapshotKind.USER, SnapshotKind.SAFETY)
+# All others come and go with what they are for.
+_LISTED = (*HISTORY, SnapshotKind.TEMPLATE)
 
 
 class _Shelf:
@@ -281,7 +281,8 @@ class Views:
         chosen = [
             row
             for row in shelf.rows
-            if (not vm_id or row.value.vm_id == vm_id) and (forks or row.value.kind in _LISTED)
+            if (not vm_id or row.value.vm_id == vm_id)
+            and (row.value.kind in HISTORY or (forks and row.value.kind not in LASTING))
         ]
         return SnapshotPage(revision=revision, items=tuple(shelf.view(row) for row in chosen))
 
@@ -289,6 +290,19 @@ class Views:
         """One snapshot of a VM by name, id or the beginning of its id. Raises ``not-found``."""
         id_ = await self._records.resolve_snapshot(await self._records.resolve_vm(vm), ref)
         row = await self._records.snapshots.need(id_)
+        return (await _Shelf.read(self._records)).view(row)
+
+    async def templates(self) -> SnapshotPage:
+        """All templates, by name."""
+        revision = await self._records.store.revision()
+        shelf = await _Shelf.read(self._records)
+        chosen = [row for row in shelf.rows if row.value.kind is SnapshotKind.TEMPLATE]
+        chosen.sort(key=lambda row: row.value.name)
+        return SnapshotPage(revision=revision, items=tuple(shelf.view(row) for row in chosen))
+
+    async def template(self, ref: str) -> SnapshotView:
+        """One template by name, id or the beginning of its id. Raises ``not-found``."""
+        row = await self._records.snapshots.need(await self._records.resolve_template(ref))
         return (await _Shelf.read(self._records)).view(row)
 
     async def events(self, since: int | None) -> AsyncGenerator[Event, None]:

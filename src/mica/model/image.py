@@ -100,3 +100,6 @@ class ImportRecipe(msgspec.Struct, frozen=True, tag_field="kind", tag="import"):
 
 
 ImageRecipe = MicroRecipe | DebianRecipe | ImportRecipe
+
+# What ``mica run NAME`` builds on first use.
+BUILT_IN: dict[str, type[MicroRecipe | DebianRecipe]] = {"micro": MicroRecipe, "debian": DebianRecipe}

@@ -48,12 +48,20 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 class SnapshotKind(StrEnum):
     """Why it was made. ``safety``: before something that replaces the present state. ``fork``: the moment at which
     forks began; its RAM need not be on disk, and it goes when nothing needs it any more. ``suspend``: the memory of a
-    suspended VM, without its disks, which stay as they are; it goes when the VM goes on."""
+    suspended VM, without its disks, which stay as they are; it goes when the VM goes on. ``template``: what others
+    begin at, under a name of its own; it outlives its VM."""
 
     USER = "user"
     SAFETY = "safety"
     FORK = "fork"
     SUSPEND = "suspend"
+    TEMPLATE = "template"
+
+
+# What a VM's own past is made of: its tree of snapshots shows these, and it goes back to them.
+HISTORY = frozenset({SnapshotKind.USER, SnapshotKind.SAFETY})
+# What outlives the VM that it was taken of.
+LASTING = frozenset({SnapshotKind.TEMPLATE})
 
 
 class SnapshotState(StrEnum):

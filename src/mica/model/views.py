@@ -111,11 +111,25 @@ class SnapshotRestore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class SnapshotSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``PATCH /v1/vms/{vm}/snapshots/{snapshot}``; what is left out stays."""
+    """Body of ``PATCH /v1/vms/{vm}/snapshots/{snapshot}`` and of ``PATCH /v1/templates/{template}``; what is left out
+    stays."""
 
     name: str | None = None
     description: str | None = None
     protected: bool | None = None
+
+
+class TemplateCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/templates``: freeze the VM ``vm`` (its name or id) as it is now, for others to begin at.
+
+    ``memory`` and ``quiesce`` are as in :class:`SnapshotCreate`. An empty ``name`` is made from the VM's.
+    """
+
+    vm: str
+    name: str = ""
+    memory: bool = True
+    quiesce: bool = False
+    description: str = ""
 
 
 class VmFork(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -163,8 +177,9 @@ class SnapshotPage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /v1/vms``. What is left out comes from the image; ``image`` is a name or digest, empty for none.
-    With ``snapshot`` (an id) it comes from there: the VM begins as a copy of that moment, memory and all.
+    """Body of ``POST /v1/vms``. What is left out comes from the image; ``image`` is a name or digest, empty for none,
+    or the name of a template. With that, or with ``snapshot`` (an id), it comes from there: the VM begins as a copy of
+    that moment, memory and all.
 
     ``name`` empty: one is made from the image's. ``disk`` is the size of the root disk (at least the image's),
     ``disks`` are further, empty ones. ``start`` starts it too, ``overcommit`` insists where memory does not suffice.

@@ -8,10 +8,9 @@ from litestar import Response, delete, get, patch, post
 from litestar.params import JSONBody, PathParameter, QueryParameter
 
 from mica.api.facade import Facade
-from mica.api.params import EngineDep, Terms, TermsDep, VmRef, submit
+from mica.api.params import EngineDep, Terms, TermsDep, VmRef, check_generation, submit
 from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
-from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
 from mica.model.transitions import VmVerb
 from mica.model.views import (
@@ -35,13 +34,7 @@ Forks = Annotated[bool, QueryParameter(name="all", description="Also the moments
 async def _meant(engine: Facade, vm: str, ref: str, on: Terms) -> str:
     """The id of a snapshot that has the generation which was asked for. Raises ``generation-conflict``."""
     found = await engine.snapshot(vm, ref)
-    if on.if_match is not None and on.if_match != found.generation:
-        raise MicaError(
-            Code.GENERATION_CONFLICT,
-            f"snapshot {found.snapshot.name} has generation {found.generation}, not {on.if_match}",
-            hint="somebody changed it: read it again and decide anew",
-            details={"generation": found.generation, "if_match": on.if_match},
-        )
+    check_generation(f"snapshot {found.snapshot.name}", found.generation, on)
     return found.snapshot.id
 
 

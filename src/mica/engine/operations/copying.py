@@ -6,12 +6,12 @@ import msgspec
 
 from mica.engine.definition import Context, Proposal, Step
 from mica.engine.operations.placing import free_name, free_slot
-from mica.engine.snapshots import need_whole, until
+from mica.engine.snapshots import need_whole, until, word
 from mica.model.errors import Code, MicaError, invalid, not_found
 from mica.model.mac import mac_address
 from mica.model.snapshot import Snapshot, SnapshotKind, SnapshotState
 from mica.model.views import VmCreate
-from mica.model.vm import NicSpec, Power, Vm, VmSpec, check_labels, check_name
+from mica.model.vm import Machine, NicSpec, Power, Vm, VmSpec, check_labels, check_name, check_spec
 
 replace = msgspec.structs.replace
 
@@ -34,10 +34,12 @@ async def copy_of(proposal: Proposal, body: VmCreate) -> Vm:
     _check_same(body, snapshot)
     # Written anew, so that deleting the snapshot, which expects the row as it saw it, cannot cross this.
     proposal.draft.put(env.records.snapshots, snapshot.id, snapshot, row.generation)
-    if body.start:
-        proposal.stored_params = {"origin": snapshot.id}
-    parent = await env.records.vms.get(snapshot.vm_id)
-    name = check_name(body.name, "VM name") if body.name else await free_name(env, f"{snapshot.vm_name}-fork")
+    proposal.stored_params = {"snapshot": snapshot.id, "origin": snapshot.id if body.start else ""}
+    is_template = snapshot.kind is SnapshotKind.TEMPLATE
+    parent = None if is_template else await env.records.vms.get(snapshot.vm_id)
+    image = await env.records.images.get(snapshot.spec.image) if snapshot.spec.image else None
+    stem = snapshot.name if is_template else f"{snapshot.vm_name}-fork"
+    name = check_name(body.name, "VM name") if body.name else await free_name(env, stem)
     return Vm(
         id=vm_id,
         name=name,
@@ -48,27 +50,33 @@ async def copy_of(proposal: Proposal, body: VmCreate) -> Vm:
         intent=Power.RUNNING if body.start else Power.STOPPED,
         labels=check_labels(body.labels) or (parent.value.labels if parent else {}),
         description=body.description,
-        image_name=parent.value.image_name if parent else "",
+        image_name=image.value.image.name if image else "",
         snapshot=snapshot.id if snapshot.kind is not SnapshotKind.FORK else "",
-        forked_from=snapshot.vm_name,
+        forked_from=snapshot.name if is_template else snapshot.vm_name,
     )
 
 
 def _check_same(body: VmCreate, snapshot: Snapshot) -> None:
     """What a machine is made of is in the state that it begins at. Raises ``invalid``."""
-    wanted = {
-        "--cpus": (body.cpus, snapshot.spec.cpus),
-        "--memory": (body.memory, snapshot.spec.memory),
+    spec = snapshot.spec
+    wanted: dict[str, tuple[object, object]] = {
         "--image": (body.image or None, None),
-        "--disk": (body.disk, None),
-        "--nic": (body.nics, None),
-        "--firmware": (body.firmware, snapshot.spec.firmware),
-        "--cpu-model": (body.cpu_model or None, snapshot.spec.cpu_model),
+        "--disk": (body.disk or body.disks or None, None),
+        "--network": (body.nics, None),
+        "--machine": (body.machine if body.machine is not Machine.Q35 else None, spec.machine),
+        "--firmware": (body.firmware, spec.firmware),
+        "--no-display": (None if body.display else False, spec.display),
     }
+    if snapshot.memory is not None:
+        wanted |= {
+            "--cpus": (body.cpus, spec.cpus),
+            "--memory": (body.memory, spec.memory),
+            "--cpu-model": (body.cpu_model or None, spec.cpu_model),
+        }
     for option, (new, old) in wanted.items():
         if new is not None and new != old:
             raise invalid(
-                f"{option} cannot differ from what snapshot {snapshot.name} of {snapshot.vm_name} has",
+                f"{option} cannot differ from what {word(snapshot)} has",
                 hint="leave it out, and set it afterwards (`mica vm set`), for the next start",
             )
 
@@ -78,8 +86,11 @@ def _spec(vm_id: str, name: str, body: VmCreate, old: VmSpec) -> VmSpec:
     nics = tuple(_nic(vm_id, nic) for nic in old.nics)
     if body.publish and nics:
         nics = (replace(nics[0], publish=body.publish), *nics[1:])
-    return replace(
+    new = replace(
         old,
+        cpus=old.cpus if body.cpus is None else body.cpus,
+        memory=old.memory if body.memory is None else body.memory,
+        cpu_model=body.cpu_model or old.cpu_model,
         nics=nics,
         hostname=body.hostname or name,
         cpu_limit=body.cpu_limit if body.cpu_limit is not None else old.cpu_limit,
@@ -87,6 +98,7 @@ def _spec(vm_id: str, name: str, body: VmCreate, old: VmSpec) -> VmSpec:
         protected=body.protected,
         ephemeral=body.ephemeral,
     )
+    return check_spec(new)
 
 
 def _nic(vm_id: str, nic: NicSpec) -> NicSpec:

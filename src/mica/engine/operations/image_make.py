@@ -9,10 +9,12 @@ import msgspec
 from mica.engine.definition import Context, Definition, NoParams, Proposal, Step
 from mica.engine.operations.vm_create import find_image
 from mica.engine.records import Draft, ImageRow
+from mica.engine.snapshots import word
 from mica.model.errors import Code, MicaError
 from mica.model.image import Image
+from mica.model.snapshot import LASTING
 from mica.model.views import ImageMake
-from mica.model.vm import check_name
+from mica.model.vm import VmSpec, check_name
 from mica.ports.store import ABSENT
 
 replace = msgspec.structs.replace
@@ -20,7 +22,14 @@ replace = msgspec.structs.replace
 
 async def plan_make(proposal: Proposal) -> None:
     assert isinstance(proposal.params, ImageMake)
-    proposal.target_name = check_name(proposal.params.recipe.name, "image name")
+    name = proposal.target_name = check_name(proposal.params.recipe.name, "image name")
+    if await proposal.env.records.template_names.get(name) is not None:
+        raise MicaError(
+            Code.EXISTS,
+            f"there is a template {name} already",
+            hint=f"choose another name: `mica run` takes images and templates; or delete it: "
+            f"`mica template delete {name}`",
+        )
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -79,13 +88,17 @@ async def undo_record(context: Context) -> None:
 
 
 async def users(context: Context | Proposal, digest: str) -> list[str]:
-    """Names of the VMs, those in the trash included, that stand on the image."""
-    rows = await context.env.records.vms.scan()
+    """Names of the VMs, those in the trash included, that stand on the image, and of templates."""
+    records = context.env.records
+    vms = [row.value for row in (await records.vms.scan()).values()]
+    kept = [row.value for row in (await records.snapshots.scan()).values() if row.value.kind in LASTING]
     return sorted(
-        row.value.name
-        for row in rows.values()
-        if row.value.spec.image == digest or any(d.image == digest for d in row.value.spec.disks)
+        [*(vm.name for vm in vms if stands_on(vm.spec, digest)), *(word(s) for s in kept if stands_on(s.spec, digest))]
     )
+
+
+def stands_on(spec: VmSpec, digest: str) -> bool:
+    return spec.image == digest or any(d.image == digest for d in spec.disks)
 
 
 async def plan_existing(proposal: Proposal) -> None:
@@ -107,8 +120,8 @@ def _refuse_used(name: str, by: list[str]) -> None:
         some = ", ".join(by[:5]) + (f" and {len(by) - 5} more" if len(by) > 5 else "")
         raise MicaError(
             Code.IN_USE,
-            f"image {name} is used by {len(by)} VM{'s' if len(by) != 1 else ''}: {some}",
-            hint="delete them with --purge first (VMs in the trash count too)",
+            f"image {name} is used by {len(by)} VM{'s' if len(by) != 1 else ''} or templates: {some}",
+            hint="delete them first, VMs with --purge (those in the trash count too)",
             details={"used_by": by},
         )
 

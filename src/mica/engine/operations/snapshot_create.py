@@ -18,29 +18,31 @@ import msgspec
 
 from mica.engine.definition import Context, Definition, Env, Proposal, Step, from_plain
 from mica.engine.operations import forecasting, quiescing
+from mica.engine.operations.placing import snapshot_name
 from mica.engine.operations.quiescing import check_can_freeze
 from mica.engine.operations.starting import plan_launch
 from mica.engine.records import Claim, Draft
-from mica.engine.snapshots import part_id, put_parts
+from mica.engine.snapshots import claim_of, draft_forget, part_id, put_parts
 from mica.model.errors import Code, MicaError
 from mica.model.image import Firmware
-from mica.model.snapshot import MachineBuild, MemoryState, Part, PartKind, Snapshot, SnapshotKind, SnapshotState
+from mica.model.snapshot import (
+    HISTORY,
+    MachineBuild,
+    MemoryState,
+    Part,
+    PartKind,
+    Snapshot,
+    SnapshotKind,
+    SnapshotState,
+)
 from mica.model.transitions import LIVE, VmVerb
 from mica.model.units import Bytes
-from mica.model.vm import NVRAM, AgentState, DiskSpec, Vm, VmRuntime, VmSpec, VmStatus, check_name
+from mica.model.vm import NVRAM, AgentState, DiskSpec, Vm, VmRuntime, VmSpec, VmStatus
 from mica.ports.hypervisor import Captured, Origin, RunState, StatefulMachine
 from mica.ports.store import ABSENT
 from mica.ports.volumes import Volume
 
 replace = msgspec.structs.replace
-
-# What a snapshot is called that nobody named.
-STEMS = {
-    SnapshotKind.USER: "snapshot",
-    SnapshotKind.SAFETY: "before-restore",
-    SnapshotKind.FORK: "fork",
-    SnapshotKind.SUSPEND: "suspend",
-}
 
 
 class Take(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,18 +81,7 @@ async def note(proposal: Proposal, body: Take, vm: Vm) -> None:
     """Write the row of a snapshot that is to be taken, and that of its VM, as ``vm``."""
     assert proposal.vm is not None
     env = proposal.env
-    names = {row.value.name for row in (await env.records.snapshots.scan()).values() if row.value.vm_id == vm.id}
-    if len(names) >= MAX_SNAPSHOTS:
-        raise MicaError(
-            Code.STATE_CONFLICT,
-            f"VM {vm.name} has {len(names)} snapshots, and may have {MAX_SNAPSHOTS}",
-            hint=f"delete some: `mica snapshot list {vm.name}`",
-        )
-    name = check_name(body.name, "snapshot name") if body.name else _free(names, STEMS[body.kind])
-    if name in names:
-        raise MicaError(
-            Code.EXISTS, f"VM {vm.name} has a snapshot {name} already", hint="choose another name, or delete that one"
-        )
+    name = await snapshot_name(env, vm, body.kind, body.name)
     if body.quiesce:
         check_can_freeze(proposal, vm)
     # The row is written anew each time, so that no two snapshots of a VM can have the same id.
@@ -109,7 +100,8 @@ async def note(proposal: Proposal, body: Take, vm: Vm) -> None:
         description=body.description,
     )
     proposal.draft.put(env.records.snapshots, id_, snapshot, ABSENT)
-    proposal.draft.put(env.records.snapshot_names, f"{vm.id}/{name}", Claim(id_, at=snapshot.created_at), ABSENT)
+    table, key = claim_of(env.records, snapshot)
+    proposal.draft.put(table, key, Claim(id_, at=snapshot.created_at), ABSENT)
     proposal.stored_params = {"snapshot_id": id_}
 
 
@@ -118,14 +110,6 @@ def _spec_now(proposal: Proposal) -> VmSpec:
     assert proposal.vm is not None
     runtime = proposal.status.value.runtime if proposal.status else None
     return runtime.spec if runtime is not None else proposal.vm.value.spec
-
-
-def _free(names: set[str], stem: str) -> str:
-    return next(name for n in range(1, MAX_SNAPSHOTS + 2) if (name := f"{stem}-{n}") not in names)
-
-
-# More would make every look at a VM slow, and nobody could choose among them.
-MAX_SNAPSHOTS = 1000
 
 
 def _id(context: Context) -> str:
@@ -148,8 +132,7 @@ async def undo_record(context: Context) -> None:
         row = await env.records.snapshots.get(id_)
         if row is None:
             return
-        draft.delete(env.records.snapshot_names, f"{row.value.vm_id}/{row.value.name}")
-        draft.delete(env.records.snapshots, id_, row.generation)
+        draft_forget(env.records, draft, row)
 
     await env.records.transact(write)
     await env.parts.drop_scratch(id_)
@@ -470,7 +453,7 @@ async def finish(context: Context) -> None:
     await context.env.parts.drop_scratch(_id(context))
     id_ = _id(context)
     snapshot = await context.env.records.snapshots.update(id_, lambda s: replace(s, state=SnapshotState.COMPLETE))
-    if snapshot.value.kind not in (SnapshotKind.FORK, SnapshotKind.SUSPEND):  # which come and go unseen
+    if snapshot.value.kind in HISTORY:
         await context.env.records.vms.update(context.vm_id, lambda vm: replace(vm, snapshot=id_))
 
 

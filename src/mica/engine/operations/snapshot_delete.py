@@ -8,10 +8,11 @@ import msgspec
 
 from mica.engine.damage import check, closure, read_parts
 from mica.engine.definition import Context, Definition, Env, NoParams, Proposal, Step
+from mica.engine.operations.placing import check_template_name
 from mica.engine.records import Claim, Draft, Versioned
-from mica.engine.snapshots import in_use, sweep
+from mica.engine.snapshots import claim_of, draft_forget, in_use, sweep, word
 from mica.model.errors import Code, MicaError
-from mica.model.snapshot import Part, Snapshot, SnapshotState
+from mica.model.snapshot import HISTORY, Part, Snapshot, SnapshotKind, SnapshotState
 from mica.model.views import SnapshotSet
 from mica.model.vm import check_name
 from mica.ports.store import ABSENT
@@ -21,8 +22,13 @@ replace = msgspec.structs.replace
 
 async def _named(proposal: Proposal) -> Versioned[Snapshot]:
     row = await proposal.env.records.snapshots.need(proposal.target_id)
-    proposal.target_name = f"{row.value.vm_name}/{row.value.name}"
+    snapshot = row.value
+    proposal.target_name = snapshot.name if _is_template(snapshot) else f"{snapshot.vm_name}/{snapshot.name}"
     return row
+
+
+def _is_template(snapshot: Snapshot) -> bool:
+    return snapshot.kind is SnapshotKind.TEMPLATE
 
 
 async def plan_delete(proposal: Proposal) -> None:
@@ -32,19 +38,22 @@ async def plan_delete(proposal: Proposal) -> None:
     if snapshot.protected:
         raise MicaError(
             Code.PROTECTED,
-            f"snapshot {proposal.target_name} is protected from deletion",
-            hint=f"`mica snapshot protect {snapshot.vm_name} {snapshot.name} --off` lifts that",
+            f"{word(snapshot)} is protected from deletion",
+            hint=f"`mica template set {snapshot.name} --no-protected` lifts that"
+            if _is_template(snapshot)
+            else f"`mica snapshot protect {snapshot.vm_name} {snapshot.name} --off` lifts that",
         )
     await _check_asleep(env, snapshot)
     user = await in_use(env, snapshot.id)
     if user is not None:
         raise MicaError(
             Code.IN_USE,
-            f"snapshot {proposal.target_name} is needed by {user.verb} {user.id[:8]}",
+            f"{word(snapshot)} is needed by {user.verb} {user.id[:8]}",
             hint=f"wait for it: `mica operation wait {user.id[:8]}`",
             retryable=True,
         )
-    await _check_last_good(proposal, snapshot)
+    if snapshot.kind in HISTORY:
+        await _check_last_good(proposal, snapshot)
     proposal.draft.put(env.records.snapshots, snapshot.id, snapshot, row.generation)
 
 
@@ -71,7 +80,7 @@ async def _check_last_good(proposal: Proposal, snapshot: Snapshot) -> None:
     others = [
         row.value
         for row in (await records.snapshots.scan()).values()
-        if row.value.vm_id == snapshot.vm_id and row.value.id != snapshot.id
+        if row.value.vm_id == snapshot.vm_id and row.value.id != snapshot.id and row.value.kind in HISTORY
     ]
     damaged = [one.name for one in others if not good(one)]
     if damaged and good(snapshot) and not any(good(one) for one in others):
@@ -100,8 +109,7 @@ async def forget(context: Context) -> None:
             if vm.value.snapshot == id_:
                 moved_vm = replace(vm.value, snapshot=row.value.parent if vm.value.id == row.value.vm_id else "")
                 draft.put(env.records.vms, vm.value.id, moved_vm, vm.generation)
-        draft.delete(env.records.snapshot_names, f"{row.value.vm_id}/{row.value.name}")
-        draft.delete(env.records.snapshots, id_, row.generation)
+        draft_forget(env.records, draft, row)
 
     await env.records.transact(write)
 
@@ -116,18 +124,20 @@ async def plan_set(proposal: Proposal) -> None:
     old = row.value
     new = replace(
         old,
-        name=old.name if body.name is None else check_name(body.name, "snapshot name"),
+        name=old.name if body.name is None else body.name,
         description=old.description if body.description is None else body.description,
         protected=old.protected if body.protected is None else body.protected,
     )
     if new.name != old.name:
-        key = f"{old.vm_id}/{new.name}"
-        if await env.records.snapshot_names.get(key) is not None:
+        table, key = claim_of(env.records, new)
+        if _is_template(new):
+            await check_template_name(env, new.name)
+        elif check_name(new.name, "snapshot name") and await table.get(key) is not None:
             raise MicaError(
                 Code.EXISTS, f"VM {old.vm_name} has a snapshot {new.name} already", hint="choose another name"
             )
-        proposal.draft.put(env.records.snapshot_names, key, Claim(old.id, at=env.clock.now()), ABSENT)
-        proposal.draft.delete(env.records.snapshot_names, f"{old.vm_id}/{old.name}")
+        proposal.draft.put(table, key, Claim(old.id, at=env.clock.now()), ABSENT)
+        proposal.draft.delete(*claim_of(env.records, old))
     proposal.draft.put(env.records.snapshots, old.id, new, row.generation)
 
 

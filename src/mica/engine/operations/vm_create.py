@@ -16,10 +16,12 @@ from mica.engine.operations.placing import free_name, free_slot
 from mica.engine.operations.starting import START, reserve
 from mica.engine.records import Claim, Draft, ImageRow
 from mica.engine.settle import moved, set_state
+from mica.engine.snapshots import draft_forget
 from mica.model.errors import Code, MicaError, invalid
 from mica.model.image import Firmware, Image
 from mica.model.mac import mac_address
 from mica.model.operation import Operation
+from mica.model.snapshot import LASTING
 from mica.model.transitions import VmVerb
 from mica.model.units import MIB, Bytes, format_size
 from mica.model.views import VmCreate
@@ -48,6 +50,14 @@ DEFAULT_MEMORY = Bytes(256 * MIB)
 
 def with_macs(vm_id: str, nics: Sequence[NicSpec]) -> tuple[NicSpec, ...]:
     return tuple(n if n.mac else replace(n, mac=mac_address(vm_id, n.name)) for n in nics)
+
+
+async def template_meant(env: Env, ref: str) -> str:
+    """The id of the template that is called ``ref``, unless an image is; empty when there is none."""
+    claim = await env.records.template_names.get(ref) if ref else None
+    if claim is None or any(row.value.image.name == ref for row in (await env.records.images.scan()).values()):
+        return ""
+    return claim.value.holder
 
 
 async def find_image(env: Env, ref: str) -> ImageRow | None:
@@ -134,8 +144,10 @@ async def claim_name(env: Env, draft: Draft, name: str, vm_id: str) -> None:
 async def plan(proposal: Proposal) -> None:
     assert isinstance(proposal.params, VmCreate)
     env, body, vm_id = proposal.env, proposal.params, proposal.target_id
-    if body.snapshot:
-        await admit_new(proposal, await copy_of(proposal, body))
+    template = "" if body.snapshot else await template_meant(env, body.image)
+    if body.snapshot or template:
+        vm = await copy_of(proposal, replace(body, image="", snapshot=body.snapshot or template))
+        await admit_new(proposal, vm)
         return
     row = await find_image(env, body.image)
     if row is not None and row.damaged:
@@ -195,9 +207,8 @@ async def erase(env: Env, vm_id: str) -> None:
         draft.delete(env.records.vms, vm_id, vm.generation)
         draft.delete(env.records.statuses, vm_id)
         for snapshot in (await env.records.snapshots.scan()).values():
-            if snapshot.value.vm_id == vm_id:  # with their VM; parts that copies lie over stay
-                draft.delete(env.records.snapshot_names, f"{vm_id}/{snapshot.value.name}")
-                draft.delete(env.records.snapshots, snapshot.value.id, snapshot.generation)
+            if snapshot.value.vm_id == vm_id and snapshot.value.kind not in LASTING:
+                draft_forget(env.records, draft, snapshot)  # with their VM; parts that copies lie over stay
 
     await env.records.transact(write)
 
