@@ -20,6 +20,7 @@ from mica.model.views import (
     SnapshotRestore,
     SnapshotSet,
     SnapshotView,
+    VmClone,
     VmFork,
     VmView,
 )
@@ -208,7 +209,29 @@ class FakeSnapshots(FakeGuests, ABC):
             freeze=freeze,
         )
 
-    async def _copy(self, vm: VmView, base: Snapshot, name: str, params: VmFork, by: Actor) -> Operation:
+    async def clone(self, vm: str, params: VmClone, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
+        self.asked.append(("clone", vm, params.snapshot, params, by))
+        view, freeze = await self.vm(vm), None
+        if params.snapshot:
+            base = await self.snapshot(vm, params.snapshot)
+        elif view.observed.state in LIVE:
+            raise MicaError(Code.STATE_CONFLICT, f"VM {view.name} runs", hint="fork it, or stop it first")
+        else:
+            base = await self._shelve(view, Take(name=f"fork-{len(self.shelf)}", kind=SnapshotKind.FORK))
+            freeze = await self._job(self._operation("snapshot.create", view, params, by))
+        name = check_name(params.name or f"{view.name}-clone-1", "VM name")
+        made = await self._copy(view, base.snapshot, name, params, by, VmState.STOPPED)
+        return ForkAccepted(operations=(made,), freeze=freeze)
+
+    async def _copy(
+        self,
+        vm: VmView,
+        base: Snapshot,
+        name: str,
+        params: VmFork | VmClone,
+        by: Actor,
+        state: VmState = VmState.RUNNING,
+    ) -> Operation:
         if any(known.name == name for known in self.machines.values()):
             raise MicaError(Code.EXISTS, f"there is a VM {name!r} already", hint="choose another name")
         nic = NicRuntime(name="net0", address="10.0.2.15", publish=(Publish(80, 40000 + len(self.machines)),))
@@ -219,7 +242,7 @@ class FakeSnapshots(FakeGuests, ABC):
             snapshot=base.id if base.kind is not SnapshotKind.FORK else "",
             forked_from=vm.name,
             nics=(nic,),
-            observed=replace(vm.observed, state=VmState.RUNNING),
+            observed=replace(vm.observed, state=state),
         )
         if vm.name == "barren" and len(self.machines) % 2 == 0:
             problem = Problem(Code.INSUFFICIENT_MEMORY, f"{name} needs 256 MiB", "stop something")

@@ -13,9 +13,9 @@ from structlog.testing import LogCapture
 
 from mica.api.app import create_app
 from mica.api.auth import Access, Peer
-from mica.engine.forking import fork, restore
+from mica.engine.forking import clone, fork, restore
 from mica.model.operation import Actor, Operation
-from mica.model.views import ForkAccepted, SnapshotPage, SnapshotRestore, SnapshotView, VmFork, VmView
+from mica.model.views import ForkAccepted, SnapshotPage, SnapshotRestore, SnapshotView, VmClone, VmFork, VmView
 from mica.testing.harness import Life
 from tests.api.conftest import connect
 from tests.api.fake_engine import FakeEngine
@@ -39,6 +39,9 @@ class OverEngine(FakeEngine):
 
     async def fork(self, vm: str, params: VmFork, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
         return await fork(self._engine, vm, params, by=by, idempotency_key=idempotency_key)
+
+    async def clone(self, vm: str, params: VmClone, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
+        return await clone(self._engine, vm, params, by=by, idempotency_key=idempotency_key)
 
     async def vm(self, ref: str) -> VmView:
         return await self._engine.views.vm(ref)
@@ -177,3 +180,15 @@ async def test_a_template_through_its_life() -> None:
         await api.done("PATCH", "/v1/templates/fresh", {"protected": False})
         await api.done("DELETE", f"/v1/templates/{view['snapshot']['id'][:8]}")
         assert (await api.get("/v1/templates"))["items"] == []
+
+
+async def test_a_stopped_vm_is_cloned_over_http_and_a_running_one_is_not() -> None:
+    async with web() as api:
+        assert await api.refused("POST", "/v1/vms/web/clone") == (409, "state-conflict")
+        await api.done("POST", "/v1/vms/web/stop", {"force": True})
+        for body in ({"name": "linked"}, {"name": "full", "full": True}):
+            reply = await api.http.post("/v1/vms/web/clone", json=body)
+            assert reply.status_code == 202, reply.text
+            await api.life.rest()
+            seen = await api.get(f"/v1/vms/{body['name']}")
+            assert (seen["observed"]["state"], seen["forked_from"]) == ("stopped", "web")

@@ -15,6 +15,7 @@ from mica.model.units import MIB, Bytes
 from mica.model.vm import DiskSpec
 from mica.ports.volumes import Volumes
 from mica.storage.directory import DirectoryVolumes
+from mica.storage.qemu_img import QemuImg
 
 VM, OTHER = "11111111-aaaa-4bbb-8ccc-000000000001", "11111111-aaaa-4bbb-8ccc-000000000002"
 
@@ -174,3 +175,20 @@ async def test_removing_takes_everything_and_can_be_repeated(rig: Rig) -> None:
         await rig.volumes.prepare(VM, (disk(),), None)
     assert caught.value.code is Code.NOT_FOUND
     assert (await rig.volumes.create(VM, disk(), rig.other_base)).backing == (rig.other_base,)
+
+
+async def test_a_copy_has_all_that_its_source_had_and_needs_nothing_of_it(rig: Rig) -> None:
+    made = await rig.volumes.create(VM, disk(), rig.base)
+    assert made.backing
+    told: list[float] = []
+    copied = await rig.volumes.copy(OTHER, disk(), rig.base, told.append)
+    assert (copied.backing, copied.format) == ((), DiskFormat.QCOW2)
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    assert await rig.volumes.copy(OTHER, disk(), rig.base, told.append) == copied, "it is kept"
+    rig.base.unlink()
+    (prepared,) = await rig.volumes.prepare(OTHER, (disk(),), None)
+    assert (prepared.path, prepared.size) == (copied.path, 8 * MIB)
+    raw = rig.base.with_name("raw")
+    await QemuImg(shutil.which("qemu-img") or "").convert(copied.path, DiskFormat.QCOW2, raw, DiskFormat.RAW, 8 * MIB)
+    assert raw.read_bytes()[: MIB // 2] == b"one".ljust(MIB // 2, b".")

@@ -33,7 +33,7 @@ class Scenario:
 
     name: str
     verb: str
-    params: msgspec.Struct
+    params: msgspec.Struct | Callable[[str], msgspec.Struct]
     prepare: Callable[[Life], Awaitable[str]]
     check: Callable[[Rig], Awaitable[None]]
     restores: bool = True
@@ -41,6 +41,10 @@ class Scenario:
 
     def __str__(self) -> str:
         return self.name
+
+    def asks(self, target: str) -> msgspec.Struct:
+        """What is asked of the target that ``prepare`` returned."""
+        return self.params(target) if callable(self.params) else self.params
 
 
 async def _image(life: Life) -> str:
@@ -90,6 +94,15 @@ async def _suspended(life: Life) -> str:
     life.rig.world.process("a").memory.append("kept")
     await _succeed(life, "vm.suspend", "a", NoParams())
     return "a"
+
+
+async def _moment(life: Life) -> str:
+    """The id of a snapshot of a stopped VM that had written to its disk."""
+    await _stopped(life)
+    volumes = next(iter(life.rig.world.volumes.values()))
+    life.rig.world.storage.there[volumes["data"].path].write("written")
+    operation = await life.run("snapshot.create", "a", Take(name="one"))
+    return str(operation.result["id"])
 
 
 async def _crashed(life: Life) -> str:
@@ -167,6 +180,23 @@ async def _has_given_up(rig: Rig) -> None:
     assert not rig.world.storage.parts
 
 
+async def _is_linked(rig: Rig) -> None:
+    state, vm_id = await _vm(rig, "b")
+    volume = rig.world.volumes[vm_id]["data"]
+    assert state is S.STOPPED
+    assert volume.backing
+    assert rig.world.storage.read(volume.path) == ("written",)
+
+
+async def _is_free(rig: Rig) -> None:
+    state, vm_id = await _vm(rig, "b")
+    volume = rig.world.volumes[vm_id]["data"]
+    assert state is S.STOPPED
+    assert not volume.backing
+    assert (await rig.records.vms.need(vm_id)).value.layers == {}
+    assert rig.world.storage.read(volume.path) == ("written",)
+
+
 async def _is_set(rig: Rig) -> None:
     state, vm_id = await _vm(rig, "b")
     vm = (await rig.records.vms.need(vm_id)).value
@@ -208,6 +238,8 @@ SCENARIOS: tuple[Scenario, ...] = (
         _nothing,
         _is(S.RUNNING),
     ),
+    Scenario("clone-linked", "vm.create", lambda id_: VmCreate(name="b", snapshot=id_), _moment, _is_linked),
+    Scenario("clone-full", "vm.create", lambda id_: VmCreate(name="b", snapshot=id_, full=True), _moment, _is_free),
     Scenario("start", "vm.start", VmStart(), _stopped, _is(S.RUNNING)),
     Scenario("start-paused", "vm.start", VmStart(paused=True), _stopped, _is(S.PAUSED)),
     Scenario(

@@ -48,7 +48,7 @@ class Run:
             yield life
 
     async def submit(self, life: Life) -> None:
-        operation = await life.submit(self.scenario.verb, self.target, self.scenario.params)
+        operation = await life.submit(self.scenario.verb, self.target, self.scenario.asks(self.target))
         self.operation_id = operation.id
 
     async def operation(self) -> Operation | None:
@@ -108,7 +108,7 @@ async def clean_run(scenario: Scenario) -> tuple[list[str], int, list[str]]:
 @every
 async def test_every_step_tells_a_reader_what_it_does(scenario: Scenario) -> None:
     async with prepared(scenario) as run, run.life() as life:
-        operation = await life.submit(scenario.verb, run.target, scenario.params)
+        operation = await life.submit(scenario.verb, run.target, scenario.asks(run.target))
         steps = DEFINITIONS[scenario.verb].steps(operation)
         assert [step.name for step in steps if " " not in step.words] == [], "Step(…, words='making its disks')"
         await life.finish(operation.id)

@@ -11,8 +11,8 @@ import pytest
 from mica.client import Client
 from mica.client.handle import VmHandle
 from mica.model.errors import Code, MicaError
-from mica.model.units import MIB
-from mica.model.vm import AgentState, VmState
+from mica.model.units import MIB, Bytes
+from mica.model.vm import AgentState, DiskSpec, VmState
 from tests.integration.conftest import create
 from tests.integration.shell import shell
 from tests.integration.world import World
@@ -278,3 +278,29 @@ async def test_many_starts_at_once(shared_client: Client) -> None:
         assert len({vm.view.nics[0].address for vm in vms}) == 4
     finally:
         await asyncio.gather(*(vm.remove() for vm in vms))
+
+
+async def test_clones_have_the_disk_of_a_stopped_vm_and_become_themselves(shared_client: Client) -> None:
+    vm = await create(shared_client, "original", disks=(DiskSpec(name="data", size=Bytes(64 * MIB)),))
+    made = [vm]
+    try:
+        await (await vm.start()).wait_agent(timeout_s=90)
+        await vm.exec("sh", "-c", "echo written > /dev/vda; sync")
+        with pytest.raises(MicaError, match="runs"):
+            await vm.clone()
+        await vm.stop()
+        made += [await vm.clone(name="linked"), await vm.clone(name="full", full=True)]
+        for copy in made[1:]:
+            assert (copy.state, copy.view.forked_from) == (VmState.STOPPED, "original")
+        await vm.remove()
+        for copy in made[1:]:
+            await (await copy.start()).wait_agent(timeout_s=90)
+            assert str(await copy.exec("head", "-n1", "/dev/vda")) == "written"
+            await shared_client.vms.wait_until(
+                copy.id, lambda v: bool(v.identity), timeout_s=60, what="an identity of its own"
+            )
+            assert str(await copy.exec("hostname")) == copy.name
+            await copy.remove()
+    finally:
+        for one in made:
+            await one.remove()

@@ -239,3 +239,13 @@ def test_names_of_snapshots_complete(api: Served, run: Any, tmp_path: Path) -> N
         assert names_from("snapshots", world, str(tmp_path)) == ["clean", "first"]
         assert names_from("vms/nobody/snapshots", world, str(tmp_path)) == []
         assert sorted(names_from("vms", world, str(tmp_path))) == ["api", "web"]
+
+
+def test_a_stopped_vm_is_cloned_and_a_running_one_is_refused(run: Any) -> None:
+    run("vm", "create", "--name", "old")
+    assert run("clone", "old").out == "old-clone-1 is stopped, a linked copy of old\n"
+    assert run("clone", "old", "--full", "--name", "whole").out == "whole is stopped, a full copy of old\n"
+    assert "leave one of" in run("clone", "old", "--full", "--linked").err
+    run("vm", "start", "old")
+    refused = run("clone", "old")
+    assert (refused.status, "fork it" in refused.err) == (TABLE[Code.STATE_CONFLICT].exit_status, True)

@@ -23,6 +23,7 @@ from mica.model.views import (
     SnapshotPage,
     SnapshotRestore,
     SnapshotView,
+    VmClone,
     VmFork,
     VmPage,
     VmView,
@@ -52,6 +53,9 @@ class Verbs(Protocol):
 
     async def fork(self, vm: str, params: VmFork, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
         """Running copies of a VM, as it is or as it was at a snapshot."""
+
+    async def clone(self, vm: str, params: VmClone, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
+        """A stopped copy of a stopped VM, or of a VM as it was at a snapshot."""
 
     async def cancel(self, operation_id: str, *, by: Actor) -> Operation: ...
 

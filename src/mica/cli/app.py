@@ -47,6 +47,7 @@ SECTIONS = (
                 "snapshot", "mica.cli.snapshot:app", "VMs at one moment: create, list, restore, verify …", "VERB …"
             ),
             Command("fork", "mica.cli.fork:fork", "make running copies of a VM in a moment", "VM"),
+            Command("clone", "mica.cli.clone:clone", "make a stopped copy of a VM", "VM"),
             Command(
                 "template", "mica.cli.template:app", "VMs that others begin at: create, list, set, delete …", "VERB …"
             ),

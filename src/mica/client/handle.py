@@ -13,7 +13,7 @@ from mica.client.vms import AGENT_TIMEOUT_S, Vms, vm_id
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
 from mica.model.units import parse_size
-from mica.model.views import SnapshotCreate, SnapshotRestore, SnapshotView, VmFork, VmSet, VmView
+from mica.model.views import SnapshotCreate, SnapshotRestore, SnapshotView, VmClone, VmFork, VmSet, VmView
 from mica.model.vm import VmState
 
 if TYPE_CHECKING:
@@ -173,6 +173,18 @@ class VmHandle:
         body = VmFork(count=count, name=name, snapshot=snapshot, overcommit=overcommit)
         done = await self._snapshots.forked(await self._snapshots.fork(self.id, body), on_progress)
         return [VmHandle(self._vms, await self._vms.view(vm_id(operation))) for operation in done]
+
+    async def clone(
+        self, *, name: str = "", snapshot: str = "", full: bool = False, on_progress: OnProgress | None = None
+    ) -> VmHandle:
+        """A stopped copy of it, while it is stopped, or as it was at ``snapshot``.
+
+        Its disks are layers over this one's; with ``full`` they are copied, and need nothing of it. Raises ``exists``,
+        ``state-conflict``, ``insufficient-disk``.
+        """
+        body = VmClone(name=name, snapshot=snapshot, full=full)
+        (done,) = await self._snapshots.forked(await self._snapshots.clone(self.id, body), on_progress)
+        return VmHandle(self._vms, await self._vms.view(vm_id(done)))
 
     async def set(self, *, if_match: int | None = None, **fields: Any) -> Self:
         """Change fields of :class:`mica.model.views.VmSet`; ``memory`` may be words. See ``view.pending``."""

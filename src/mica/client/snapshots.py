@@ -18,6 +18,7 @@ from mica.model.views import (
     SnapshotRestore,
     SnapshotSet,
     SnapshotView,
+    VmClone,
     VmFork,
 )
 
@@ -107,6 +108,10 @@ class Snapshots:
     async def fork(self, vm: str, body: VmFork) -> ForkAccepted:
         """Running copies of a VM; returns as soon as they are accepted: see :meth:`forked`."""
         return await self._transport.request("POST", path_of("vms", vm, "fork"), ForkAccepted, body=body)
+
+    async def clone(self, vm: str, body: VmClone) -> ForkAccepted:
+        """A stopped copy of a VM that is stopped; returns as soon as it is accepted: see :meth:`forked`."""
+        return await self._transport.request("POST", path_of("vms", vm, "clone"), ForkAccepted, body=body)
 
     async def forked(self, accepted: ForkAccepted, on_progress: OnProgress | None = None) -> Sequence[Operation]:
         """The operations of the copies once all run, each with its times; the ids are in their ``target``.

@@ -15,7 +15,7 @@ import structlog
 from mica import __version__
 from mica.daemon.settings import Settings
 from mica.engine.engine import Engine
-from mica.engine.forking import fork, restore
+from mica.engine.forking import clone, fork, restore
 from mica.guest.copy import Copies, CopySummary
 from mica.guest.sessions import ExecSessions
 from mica.host.facts import read_facts
@@ -35,6 +35,7 @@ from mica.model.views import (
     SnapshotPage,
     SnapshotRestore,
     SnapshotView,
+    VmClone,
     VmFork,
     VmPage,
     VmView,
@@ -98,6 +99,9 @@ class Service:
 
     async def fork(self, vm: str, params: VmFork, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
         return await fork(self._engine, vm, params, by=by, idempotency_key=idempotency_key)
+
+    async def clone(self, vm: str, params: VmClone, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
+        return await clone(self._engine, vm, params, by=by, idempotency_key=idempotency_key)
 
     async def cancel(self, operation_id: str, *, by: Actor) -> Operation:
         return await self._engine.cancel((await self._views.operation(operation_id)).id, by=by)

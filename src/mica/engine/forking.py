@@ -1,4 +1,4 @@
-"""Requests that come to several operations: forks, and going back to a snapshot with the present state kept."""
+"""Requests that come to several operations: forks, clones, and going back to a snapshot with the present state kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mica.engine.operations.snapshot_restore import Revert
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Actor, Operation
 from mica.model.snapshot import SnapshotKind
-from mica.model.views import ForkAccepted, SnapshotRestore, VmCreate, VmFork
+from mica.model.views import ForkAccepted, SnapshotRestore, VmClone, VmCreate, VmFork
 
 if TYPE_CHECKING:
     from mica.engine.engine import Engine
@@ -49,6 +49,28 @@ async def fork(engine: Engine, ref: str, body: VmFork, *, by: Actor, idempotency
                 await engine.cancel(operation.id, by=by)
         raise
     return ForkAccepted(operations=tuple(accepted), freeze=freeze)
+
+
+async def clone(engine: Engine, ref: str, body: VmClone, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
+    """A stopped copy of a stopped VM, or of a VM as it was at a snapshot. Raises as :func:`fork`."""
+    vm_id = await engine.env.records.resolve_vm(ref)
+    freeze = None
+    if body.snapshot:
+        snapshot_id = await engine.env.records.resolve_snapshot(vm_id, body.snapshot)
+    else:
+        take = Take(kind=SnapshotKind.FORK, memory=False, cold=True)
+        key = _part(idempotency_key, "freeze")
+        freeze = await engine.submit("snapshot.create", vm_id, take, by=by, idempotency_key=key)
+        snapshot_id = str(freeze.params["snapshot_id"])
+    wanted = VmCreate(name=body.name, snapshot=snapshot_id, full=body.full)
+    try:
+        made = await engine.submit("vm.create", "", wanted, by=by, idempotency_key=_part(idempotency_key, "1"))
+    except MicaError:
+        if freeze is not None:
+            with contextlib.suppress(MicaError):  # it has ended already: the reaper clears a moment that nobody needs
+                await engine.cancel(freeze.id, by=by)
+        raise
+    return ForkAccepted(operations=(made,), freeze=freeze)
 
 
 async def restore(

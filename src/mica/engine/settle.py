@@ -81,7 +81,9 @@ async def stopped(
         seen = replace(seen, agent=AgentState.ABSENT, started_at=None, addresses=())
         down = replace(status.value, runtime=None, observed=seen, suspended=saved)
         if saved is None:  # with its memory who it was is gone: it will boot as itself
-            down = replace(down, identity=(), becoming=None, frozen="")
+            # ... unless nobody has told its guest yet who it is.
+            becoming = status.value.becoming if not status.value.identity else None
+            down = replace(down, identity=(), becoming=becoming, frozen="")
         if down != status.value:
             draft.put(env.records.statuses, vm_id, down, status.generation)
         if not keep:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from mica.host.processes import CLEAN_ENVIRONMENT
@@ -49,10 +49,12 @@ async def ask(
     pass_fds: Sequence[int] = (),
     max_output: int = MAX_OUTPUT,
     farewell: tuple[bytes, bytes] | None = None,
+    watch: Callable[[bytes], None] = lambda _: None,
 ) -> Answer:
     """Run ``argv`` (``argv[0]`` is a path) to its end, in a session of its own.
 
     ``farewell`` is what is written to its standard input last, once something is in its output: ``(what, then)``.
+    ``watch`` is given its standard output as it comes.
 
     When this returns or raises, also on cancellation, the program and its process group are killed and reaped.
     One that hangs in the kernel, where no signal reaches it, is left to its fate after another five seconds.
@@ -80,7 +82,7 @@ async def ask(
     try:
         async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
             group.create_task(_feed(process, stdin, heard, last))
-            group.create_task(_take(process.stdout, out, argv[0], max_output, until, heard))
+            group.create_task(_take(process.stdout, out, argv[0], max_output, until, heard, watch))
             group.create_task(_take(process.stderr, err, argv[0], max_output))
     except TimeoutError as error:
         said = out[-4000:].decode(errors="replace")
@@ -116,11 +118,13 @@ async def _take(
     limit: int,
     until: bytes = b"",
     heard: asyncio.Event | None = None,
+    watch: Callable[[bytes], None] = lambda _: None,
 ) -> None:
     """Read to the end; ``heard`` is set when ``until`` has come, and at the end."""
     while chunk := await stream.read(65536):
         since = max(0, len(into) - len(until))
         into += chunk
+        watch(chunk)
         if len(into) > limit:
             raise MicaError(Code.COMMAND_FAILED, f"{name} wrote more than {limit} bytes", details={"limit": limit})
         if heard is not None and until in into[since:]:

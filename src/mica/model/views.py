@@ -142,8 +142,19 @@ class VmFork(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     overcommit: bool = False
 
 
+class VmClone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/vms/{vm}/clone``: a stopped copy of a stopped VM, or of a VM as it was at ``snapshot`` (its
+    name or id). ``full``: its disks are copied, and need nothing of the original's; otherwise they are layers over
+    those. An empty ``name`` is made up."""
+
+    name: str = ""
+    snapshot: str = ""
+    full: bool = False
+
+
 class ForkAccepted(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer to a fork: an operation for each copy, whose target is the new VM; ``freeze`` is the parent's own."""
+    """Answer to a fork or clone: an operation for each copy, whose target is the new VM; ``freeze`` is the parent's
+    own."""
 
     operations: tuple[Operation, ...]
     freeze: Operation | None = None
@@ -179,7 +190,8 @@ class SnapshotPage(msgspec.Struct, frozen=True, kw_only=True):
 class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``POST /v1/vms``. What is left out comes from the image; ``image`` is a name or digest, empty for none,
     or the name of a template. With that, or with ``snapshot`` (an id), it comes from there: the VM begins as a copy of
-    that moment, memory and all.
+    that moment, memory and all with ``start``; with ``full`` its disks are copied, and lie over nothing of the
+    original.
 
     ``name`` empty: one is made from the image's. ``disk`` is the size of the root disk (at least the image's),
     ``disks`` are further, empty ones. ``start`` starts it too, ``overcommit`` insists where memory does not suffice.
@@ -188,6 +200,7 @@ class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: str = ""
     image: str = ""
     snapshot: str = ""
+    full: bool = False
     cpus: int | None = None
     memory: Bytes | None = None
     disk: Bytes | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,12 @@ class Volumes(Protocol):
         """Make the volume, a copy-on-write layer over ``base`` where there is one; keep it when it exists.
 
         Raises ``insufficient-disk`` before anything is written, ``corrupt`` when what exists is not that volume.
+        """
+
+    async def copy(self, vm_id: str, disk: DiskSpec, source: Path, report: Callable[[float], None]) -> Volume:
+        """Make the volume with all that a guest would see of ``source``, over nothing; keep it when it exists.
+
+        ``report`` is told 0.0 to 1.0. Raises as :meth:`create`.
         """
 
     async def prepare(

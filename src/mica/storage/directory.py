@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -70,8 +70,29 @@ class DirectoryVolumes:
 
         Raises ``invalid`` too: a disk smaller than its base; ``state-conflict``: a base with too many layers.
         """
-        check_name(disk.name, "disk name")
         disk, record = self._describe(disk, base)
+
+        async def fill(temporary: Path) -> None:
+            await self._fill(temporary, disk, record)
+
+        return await self._make(vm_id, disk, record, await self._needed(disk, record), fill)
+
+    async def copy(self, vm_id: str, disk: DiskSpec, source: Path, report: Callable[[float], None]) -> Volume:
+        """See the protocol. The copy is as large as ``source``; preparing it grows it."""
+        ground = self._layout.ground(source)
+        disk = msgspec.structs.replace(disk, size=Bytes(max(ground.size, disk.size)), format=DiskFormat.QCOW2)
+
+        async def fill(temporary: Path) -> None:
+            await self._qemu_img.convert(ground.path, ground.format, temporary, disk.format, ground.size, report)
+
+        needed = await self._qemu_img.required(ground.path, ground.format, disk.format)
+        return await self._make(vm_id, disk, Record(disk.format), needed, fill)
+
+    async def _make(
+        self, vm_id: str, disk: DiskSpec, record: Record, needed: int, fill: Callable[[Path], Awaitable[None]]
+    ) -> Volume:
+        """The volume that ``record`` describes, made by ``fill`` unless it is there; ``needed`` bytes for that."""
+        check_name(disk.name, "disk name")
         directory = self._layout.directory(vm_id)
         if (present := self._find(directory, disk)) is not None:
             if not present.same_as(record):
@@ -80,14 +101,13 @@ class DirectoryVolumes:
             return self._look(directory, disk)
         path = self._layout.file(directory, disk.name, record)
         temporary = path.with_name(f".{path.name}.tmp")
-        needed = await self._needed(disk, record)
         with naming(path):
             self._root.mkdir(mode=0o711, parents=True, exist_ok=True)
             self._need_space(needed, disk)
             self._layout.make_directory(directory)
             try:
                 fresh(temporary)
-                await self._fill(temporary, disk, record)
+                await fill(temporary)
                 # First what is known of it: a volume without its record would be nobody's.
                 about = self._layout.record_file(directory, disk.name)
                 await in_thread(write_whole, about, msgspec.json.encode(record))

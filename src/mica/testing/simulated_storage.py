@@ -43,6 +43,20 @@ class SimulatedVolumes:
                 disk = msgspec.structs.replace(disk, size=size, format=DiskFormat.QCOW2)
             return self._keep(vm_id, disk, below)
 
+    async def copy(self, vm_id: str, disk: DiskSpec, source: Path, report: Callable[[float], None]) -> Volume:
+        async with self._faults.around("volumes.copy"):
+            there = self._world.volumes.get(vm_id, {}).get(disk.name)
+            if there is not None:
+                return there
+            _check_parts(self._world, (source,))
+            report(0.5)
+            _take_space(self._world, f"disk {disk.name}")
+            size = Bytes(max(disk.size, self._files.there[source].size))
+            disk = msgspec.structs.replace(disk, size=size, format=DiskFormat.QCOW2)
+            volume = self._keep(vm_id, disk, ())
+            self._files.there[volume.path].tokens += self._files.read(source)
+            return volume
+
     def _keep(self, vm_id: str, disk: DiskSpec, below: tuple[Path, ...]) -> Volume:
         volume = _volume(vm_id, disk, f"{disk.name}.{disk.format}", below)
         self._files.there[volume.path] = _file(volume)

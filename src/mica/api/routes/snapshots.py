@@ -20,6 +20,7 @@ from mica.model.views import (
     SnapshotRestore,
     SnapshotSet,
     SnapshotView,
+    VmClone,
     VmFork,
 )
 
@@ -39,7 +40,7 @@ async def _meant(engine: Facade, vm: str, ref: str, on: Terms) -> str:
 
 
 # Bodies that may be left out.
-NOTHING, CREATE, RESTORE, FORK = NoParams(), SnapshotCreate(), SnapshotRestore(), VmFork()
+NOTHING, CREATE, RESTORE, FORK, CLONE = NoParams(), SnapshotCreate(), SnapshotRestore(), VmFork(), VmClone()
 
 
 @get("/v1/snapshots", summary="List the snapshots of all VMs", operation_id="snapshot_list_all")
@@ -103,4 +104,9 @@ async def fork(engine: EngineDep, terms: TermsDep, vm: VmRef, data: JSONBody[VmF
     return await engine.fork(vm, data, by=terms.by, idempotency_key=terms.idempotency_key)
 
 
-HANDLERS = [list_all, list_of_vm, create, show, change, remove, verify, restore, fork]
+@post("/v1/vms/{vm:str}/clone", status_code=202, summary="Make a stopped copy of a VM", operation_id="vm_clone")
+async def clone(engine: EngineDep, terms: TermsDep, vm: VmRef, data: JSONBody[VmClone] = CLONE) -> ForkAccepted:
+    return await engine.clone(vm, data, by=terms.by, idempotency_key=terms.idempotency_key)
+
+
+HANDLERS = [list_all, list_of_vm, create, show, change, remove, verify, restore, fork, clone]

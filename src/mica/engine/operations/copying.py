@@ -8,6 +8,7 @@ from mica.engine.definition import Context, Proposal, Step
 from mica.engine.operations.placing import free_name, free_slot
 from mica.engine.snapshots import need_whole, until, word
 from mica.model.errors import Code, MicaError, invalid, not_found
+from mica.model.identity import Identity
 from mica.model.mac import mac_address
 from mica.model.snapshot import Snapshot, SnapshotKind, SnapshotState
 from mica.model.views import VmCreate
@@ -38,7 +39,7 @@ async def copy_of(proposal: Proposal, body: VmCreate) -> Vm:
     is_template = snapshot.kind is SnapshotKind.TEMPLATE
     parent = None if is_template else await env.records.vms.get(snapshot.vm_id)
     image = await env.records.images.get(snapshot.spec.image) if snapshot.spec.image else None
-    stem = snapshot.name if is_template else f"{snapshot.vm_name}-fork"
+    stem = snapshot.name if is_template else f"{snapshot.vm_name}-{'fork' if body.start else 'clone'}"
     name = check_name(body.name, "VM name") if body.name else await free_name(env, stem)
     return Vm(
         id=vm_id,
@@ -107,9 +108,36 @@ def _nic(vm_id: str, nic: NicSpec) -> NicSpec:
 
 
 async def origin(context: Context) -> None:
-    """Wait until the disks are frozen, which may be just being done; the new VM lies over those layers from then on."""
-    snapshot = await until(context.env, context.operation.params["snapshot"], SnapshotState.FROZEN)
+    """Wait until the disks are frozen, which may be just being done; the new VM lies over those layers from then on.
+
+    One that starts waits for the rest when it runs; for any other nobody may write to those layers any more.
+    """
+    state = SnapshotState.FROZEN if context.operation.params.get("start") else SnapshotState.SAVING
+    snapshot = await until(context.env, context.operation.params["snapshot"], state)
     await context.env.records.vms.update(context.vm_id, lambda vm: replace(vm, layers=snapshot.disks))
 
 
 ORIGIN = Step("origin", origin, words="waiting for the state that it begins at")
+
+
+async def untie(context: Context) -> None:
+    """Its disks are its own: neither the original's layers nor the images below them are needed any more."""
+
+    def alone(vm: Vm) -> Vm:
+        disks = tuple(replace(disk, image=None) if disk.name in vm.layers else disk for disk in vm.spec.disks)
+        return replace(vm, spec=replace(vm.spec, disks=disks), layers={})
+
+    await context.env.records.vms.update(context.vm_id, alone)
+
+
+async def yet_to_become(proposal: Proposal, vm: Vm) -> Identity | None:
+    """Who a copy is that boots: told to its guest once that answers. One that runs on is told before it does."""
+    assert isinstance(proposal.params, VmCreate)
+    id_ = str(proposal.stored_params.get("snapshot", ""))
+    snapshot = (await proposal.env.records.snapshots.need(id_)).value if id_ else None
+    if snapshot is None or (proposal.params.start and snapshot.memory is not None):
+        return None
+    return Identity(id=vm.id, parent_id=snapshot.vm_id, hostname=vm.spec.hostname)
+
+
+UNTIE = Step("untie", untie, cancellable=False, words="letting go of the original")

@@ -46,13 +46,17 @@ replace = msgspec.structs.replace
 
 
 class Take(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Parameters: as :class:`mica.model.views.SnapshotCreate`, and why it is made."""
+    """Parameters: as :class:`mica.model.views.SnapshotCreate`, and why it is made.
+
+    ``cold``: only of a VM without a process.
+    """
 
     name: str = ""
     memory: bool = True
     quiesce: bool = False
     description: str = ""
     kind: SnapshotKind = SnapshotKind.USER
+    cold: bool = False
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +78,17 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
 async def plan(proposal: Proposal) -> None:
     assert isinstance(proposal.params, Take)
     assert proposal.vm is not None
+    if proposal.params.cold and proposal.expected in LIVE:
+        raise _warm(proposal.vm.value.name)
     await note(proposal, proposal.params, proposal.vm.value)
+
+
+def _warm(name: str) -> MicaError:
+    return MicaError(
+        Code.STATE_CONFLICT,
+        f"VM {name} runs, and a clone is a copy of disks at rest",
+        hint=f"`mica fork {name}` copies it as it runs; or stop it first; or clone one of its snapshots (--snapshot)",
+    )
 
 
 async def note(proposal: Proposal, body: Take, vm: Vm) -> None:
@@ -154,6 +168,8 @@ async def look(context: Context) -> Look:
     status = await _status(context)
     if status.observed.state not in LIVE or status.runtime is None:
         return Look(live=False)
+    if context.operation.params.get("cold"):
+        raise _warm(context.operation.target_name)
     seen = await (await _machine(context)).observe()
     memory = bool(context.operation.params["memory"])
     own = memory and not status.runtime.ram

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from mica.engine.definition import Context, Definition, Env, Proposal, Step
-from mica.engine.operations.copying import ORIGIN, copy_of
+from mica.engine.operations.copying import ORIGIN, UNTIE, copy_of, yet_to_become
 from mica.engine.operations.placing import free_name, free_slot
 from mica.engine.operations.starting import START, reserve
 from mica.engine.records import Claim, Draft, ImageRow
@@ -149,6 +149,8 @@ async def plan(proposal: Proposal) -> None:
         vm = await copy_of(proposal, replace(body, image="", snapshot=body.snapshot or template))
         await admit_new(proposal, vm)
         return
+    if body.full:
+        raise invalid("a full copy is one of a snapshot", hint="clone the VM: `mica clone VM --full`")
     row = await find_image(env, body.image)
     if row is not None and row.damaged:
         raise MicaError(
@@ -186,7 +188,9 @@ async def admit_new(proposal: Proposal, vm: Vm) -> None:
         draft.put(env.records.images, vm.spec.image, held.value, held.generation)
     draft.put(env.records.slots, str(vm.slot), Claim(vm.id, at=vm.created_at), ABSENT)
     draft.put(env.records.vms, vm.id, vm, ABSENT)
-    status = VmStatus(observed=VmObserved(state=VmState.CREATING, since=vm.created_at))
+    status = VmStatus(
+        observed=VmObserved(state=VmState.CREATING, since=vm.created_at), becoming=await yet_to_become(proposal, vm)
+    )
     draft.put(env.records.statuses, vm.id, status, ABSENT)
     await env.hypervisor.check(vm.spec)
     if proposal.params.start:
@@ -226,7 +230,7 @@ async def record(context: Context) -> None:
 async def make_volumes(context: Context) -> list[Volume]:
     env = context.env
     vm = (await env.records.vms.need(context.vm_id)).value
-    volumes = []
+    volumes: list[Volume] = []
     disks = [*vm.spec.disks, *([DiskSpec(name=NVRAM, size=Bytes(0))] if NVRAM in vm.layers else [])]
     for disk in disks:
         base = None
@@ -237,7 +241,14 @@ async def make_volumes(context: Context) -> list[Volume]:
             assert image.disk is not None
             base = env.images.path(image, image.disk)
         context.report(None, f"making disk {disk.name}")
-        volumes.append(await env.volumes.create(vm.id, disk, base))
+        if context.operation.params.get("full") and disk.name in vm.layers and base is not None:
+
+            def report(fraction: float, name: str = disk.name, before: int = len(volumes)) -> None:
+                context.report((before + fraction) / len(disks), f"copying disk {name}")
+
+            volumes.append(await env.volumes.copy(vm.id, disk, base, report))
+        else:
+            volumes.append(await env.volumes.create(vm.id, disk, base))
     return volumes
 
 
@@ -251,13 +262,15 @@ async def finish(context: Context) -> None:
 
 CREATE = (
     Step("record", record, undo_record, words="writing it down"),
-    Step("volumes", make_volumes, undo_volumes, timeout_s=3600.0, words="making its disks"),
+    Step("volumes", make_volumes, undo_volumes, timeout_s=7200.0, words="making its disks"),
     Step("finish", finish, cancellable=False, words="handing it over"),
 )
 
 
 def steps(operation: Operation) -> Sequence[Step]:
     create = (CREATE[0], ORIGIN, *CREATE[1:]) if operation.params.get("snapshot") else CREATE
+    if operation.params.get("full"):
+        create = (*create[:-1], UNTIE, create[-1])
     return (*create, *START) if operation.params.get("start") else create
 
 
