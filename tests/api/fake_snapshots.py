@@ -12,10 +12,14 @@ from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
 from mica.model.errors import Code, MicaError, Problem, invalid, not_found
 from mica.model.operation import Actor, Operation, OperationState
+from mica.model.schedule import Schedule, check_every, parse_keep
 from mica.model.snapshot import HISTORY, MachineBuild, MemoryState, Snapshot, SnapshotKind, SnapshotState
 from mica.model.units import MIB, Bytes
 from mica.model.views import (
     ForkAccepted,
+    ScheduleCreate,
+    SchedulePage,
+    ScheduleView,
     SnapshotPage,
     SnapshotRestore,
     SnapshotSet,
@@ -38,6 +42,7 @@ class FakeSnapshots(FakeGuests, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.shelf: dict[str, SnapshotView] = {}
+        self.plans: dict[str, ScheduleView] = {}
         self.asked: list[tuple[str, str, str, msgspec.Struct, Actor]] = []
 
     @abstractmethod
@@ -208,6 +213,42 @@ class FakeSnapshots(FakeGuests, ABC):
             operations=tuple([await self._copy(view, base.snapshot, name, params, by) for name in names]),
             freeze=freeze,
         )
+
+    async def _schedule_create(
+        self, _target: str, params: ScheduleCreate, _if_match: int | None
+    ) -> tuple[str, str, dict[str, Any]]:
+        if bool(params.vm) == bool(params.label):
+            raise invalid("a schedule is for one VM or for a label", hint="give one of the two")
+        view = await self.vm(params.vm) if params.vm else None
+        made = Schedule(
+            id=str(uuid.uuid4()),
+            every_s=check_every(params.every_s),
+            keep=parse_keep(params.keep),
+            created_at=NOW,
+            created_by="root",
+            vm_id=view.id if view else "",
+            label=params.label,
+            memory=params.memory,
+        )
+        target = view.name if view else params.label
+        self.plans[made.id] = ScheduleView(
+            schedule=made, generation=1, target=target, keep=params.keep, next_at=NOW, vms=(), snapshots=0
+        )
+        return made.id, target, {"id": made.id}
+
+    async def _schedule_delete(
+        self, target: str, _params: msgspec.Struct, _if_match: int | None
+    ) -> tuple[str, str, dict[str, Any]]:
+        return target, self.plans.pop(target).target, {}
+
+    async def schedules(self) -> SchedulePage:
+        return SchedulePage(revision=1, items=tuple(self.plans.values()))
+
+    async def schedule(self, ref: str) -> ScheduleView:
+        for id_, view in self.plans.items():
+            if id_.startswith(ref):
+                return view
+        raise not_found("schedule", ref, hint="`mica snapshot schedules` lists them all")
 
     async def clone(self, vm: str, params: VmClone, *, by: Actor, idempotency_key: str = "") -> ForkAccepted:
         self.asked.append(("clone", vm, params.snapshot, params, by))

@@ -26,6 +26,8 @@ def test_every_verb_is_in_the_reference_of_the_command_line() -> None:
         "image.make": "mica image build",
         "snapshot.set": "mica snapshot rename",
         "vm.discard": "--discard",
+        "schedule.create": "mica snapshot schedule",
+        "schedule.delete": "mica snapshot unschedule",
     }
     missing = [v for v in DEFINITIONS if words.get(v, f"mica {v.replace('.', ' ')}") not in page]
     assert missing == []

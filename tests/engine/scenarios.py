@@ -11,8 +11,9 @@ from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
 from mica.model.image import DebianRecipe, MicroRecipe
 from mica.model.operation import OperationState
+from mica.model.schedule import format_keep
 from mica.model.units import GIB, MIB, Bytes
-from mica.model.views import ImageMake, VmCreate, VmDelete, VmRestore, VmSet, VmStart, VmStop
+from mica.model.views import ImageMake, ScheduleCreate, VmCreate, VmDelete, VmRestore, VmSet, VmStart, VmStop
 from mica.model.vm import DiskSpec, IoLimits, VmState
 from mica.ports.hypervisor import RunState
 from mica.testing.harness import Life, Rig
@@ -180,6 +181,21 @@ async def _has_given_up(rig: Rig) -> None:
     assert not rig.world.storage.parts
 
 
+async def _scheduled(life: Life) -> str:
+    await _stopped(life)
+    made = await life.run("schedule.create", "", ScheduleCreate(label="nobody"))
+    return str(made.result["id"])
+
+
+async def _is_scheduled(rig: Rig) -> None:
+    (row,) = (await rig.records.schedules.scan()).values()
+    assert format_keep(row.value.keep) == "24h,7d,4w"
+
+
+async def _is_unscheduled(rig: Rig) -> None:
+    assert await rig.records.schedules.scan() == {}
+
+
 async def _is_linked(rig: Rig) -> None:
     state, vm_id = await _vm(rig, "b")
     volume = rig.world.volumes[vm_id]["data"]
@@ -298,6 +314,8 @@ SCENARIOS: tuple[Scenario, ...] = (
         restores=False,
         otherwise=WRECK,
     ),
+    Scenario("schedule-create", "schedule.create", ScheduleCreate(label="nobody"), _stopped, _is_scheduled),
+    Scenario("schedule-delete", "schedule.delete", NoParams(), _scheduled, _is_unscheduled, restores=False),
     Scenario("image-make", "image.make", ImageMake(DebianRecipe()), _nothing, _has_image),
     Scenario("image-make-again", "image.make", ImageMake(MicroRecipe()), _stopped, _has_verified),
     Scenario("image-delete", "image.delete", NoParams(), _image, _has_no_image, restores=False),

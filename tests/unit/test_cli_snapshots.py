@@ -249,3 +249,19 @@ def test_a_stopped_vm_is_cloned_and_a_running_one_is_refused(run: Any) -> None:
     run("vm", "start", "old")
     refused = run("clone", "old")
     assert (refused.status, "fork it" in refused.err) == (TABLE[Code.STATE_CONFLICT].exit_status, True)
+
+
+def test_snapshots_are_scheduled_listed_and_unscheduled(run: Any) -> None:
+    assert run("snapshot", "schedules").out == "no schedules; make one with: mica snapshot schedule VM\n"
+    run("vm", "create", "--name", "old")
+    made = run("snapshot", "schedule", "old", "--every", "2h", "--keep", "24h,7d")
+    assert made.out == "old: every 2h, keeping 24h,7d\n"
+    run("snapshot", "schedule", "--label", "tier=web", "--no-memory")
+    head, first, second = run("snapshot", "schedules").out.splitlines()
+    assert head.split() == ["ID", "OF", "EVERY", "KEEPS", "MEMORY", "NEXT", "VMS", "SNAPSHOTS"]
+    assert first.split()[1:5] == ["old", "2h", "24h,7d", "yes"]
+    assert second.split()[1:5] == ["tier=web", "1h", "24h,7d,4w", "no"]
+    for wrong in (("old", "--keep", "many"), ("old", "--every", "1s"), ("old", "--label", "x"), ()):
+        assert run("snapshot", "schedule", *wrong).status == TABLE[Code.INVALID].exit_status
+    assert run("snapshot", "unschedule", first.split()[0]).out == "no more snapshots of old are taken by themselves\n"
+    assert len(run("snapshot", "schedules").out.splitlines()) == 2

@@ -20,6 +20,8 @@ from mica.model.views import (
     ImagePage,
     ImageView,
     OperationPage,
+    SchedulePage,
+    ScheduleView,
     SnapshotPage,
     SnapshotRestore,
     SnapshotView,
@@ -92,6 +94,11 @@ class Reads(Protocol):
 
     async def template(self, ref: str) -> SnapshotView:
         """``ref`` is a name, an id, or the unique beginning of one."""
+
+    async def schedules(self) -> SchedulePage: ...
+
+    async def schedule(self, ref: str) -> ScheduleView:
+        """``ref`` is an id, or the unique beginning of one."""
 
     async def host(self) -> HostView: ...
 

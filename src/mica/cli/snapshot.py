@@ -16,6 +16,9 @@ for _order, (_name, _path, _help) in enumerate(
         ("rename", "mica.cli.snapshot_verbs:rename", "Give a snapshot another name."),
         ("describe", "mica.cli.snapshot_verbs:describe", "Say what a snapshot is for."),
         ("protect", "mica.cli.snapshot_verbs:protect", "Protect a snapshot from being deleted."),
+        ("schedule", "mica.cli.snapshot_schedule:schedule", "Have snapshots taken by themselves."),
+        ("schedules", "mica.cli.snapshot_schedule:schedules", "List what has snapshots taken by itself."),
+        ("unschedule", "mica.cli.snapshot_schedule:unschedule", "Have no more snapshots taken by themselves."),
         ("verify", "mica.cli.snapshot_verbs:verify", "Read every byte of snapshots and compare."),
     )
 ):

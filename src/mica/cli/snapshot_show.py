@@ -118,7 +118,11 @@ def state(view: SnapshotView) -> str:
 def _about(view: SnapshotView) -> list[str]:
     snapshot = view.snapshot
     forks = f"{len(view.forks)} fork{'s' if len(view.forks) > 1 else ''}" if view.forks else ""
-    kinds = {SnapshotKind.SAFETY: "before a restore", SnapshotKind.FORK: "a fork began here"}
+    kinds = {
+        SnapshotKind.SAFETY: "before a restore",
+        SnapshotKind.SCHEDULE: "by schedule",
+        SnapshotKind.FORK: "a fork began here",
+    }
     parts = (kinds.get(snapshot.kind, ""), "protected" if snapshot.protected else "", forks, snapshot.description)
     return [part for part in parts if part]
 

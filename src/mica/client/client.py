@@ -13,6 +13,7 @@ from mica.client import daemon
 from mica.client.events import Events
 from mica.client.images import Images, Waiter
 from mica.client.operations import OnProgress, Operations
+from mica.client.schedules import Schedules
 from mica.client.snapshots import Snapshots
 from mica.client.templates import Templates
 from mica.client.transport import DEFAULT_TIMEOUT_S, Endpoint, Transport, is_denied, parse_url, path_of
@@ -80,6 +81,7 @@ class Client:
         self.events = Events(self.transport)
         self.images = Images(self.transport, self.operations)
         self.snapshots = Snapshots(self.transport, self.operations)
+        self.schedules = Schedules(self.transport, self.operations)
         self.templates = Templates(self.transport, self.operations)
         self.vms = Vms(self.transport, self.operations, self.events)
 

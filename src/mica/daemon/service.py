@@ -32,6 +32,8 @@ from mica.model.views import (
     ImagePage,
     ImageView,
     OperationPage,
+    SchedulePage,
+    ScheduleView,
     SnapshotPage,
     SnapshotRestore,
     SnapshotView,
@@ -108,6 +110,12 @@ class Service:
 
     async def resolve(self, operation_id: str, how: str, *, by: Actor) -> Operation:
         return await self._engine.resolve((await self._views.operation(operation_id)).id, how, by=by)
+
+    async def schedules(self) -> SchedulePage:
+        return await self._views.schedules()
+
+    async def schedule(self, ref: str) -> ScheduleView:
+        return await self._views.schedule(ref)
 
     # ── views ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -14,7 +14,7 @@ import structlog
 from mica.engine.definition import Env
 from mica.engine.records import Draft, Versioned
 from mica.model.errors import Code, MicaError
-from mica.model.snapshot import Part, Snapshot, SnapshotKind, SnapshotState
+from mica.model.snapshot import HISTORY, Part, Snapshot, SnapshotState
 from mica.model.units import Bytes
 from mica.model.vm import Vm, VmStatus
 
@@ -147,9 +147,7 @@ async def last_valid(env: Env, vm: Vm) -> list[Snapshot]:
         )
 
     mine = [row.value for row in (await env.records.snapshots.scan()).values() if row.value.vm_id == vm.id]
-    whole = [
-        s for s in mine if s.state is SnapshotState.COMPLETE and s.kind in (SnapshotKind.USER, SnapshotKind.SAFETY)
-    ]
+    whole = [s for s in mine if s.state is SnapshotState.COMPLETE and s.kind in HISTORY]
     return sorted((s for s in whole if good(s)), key=lambda s: (s.created_at, s.id), reverse=True)
 
 

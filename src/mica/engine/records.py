@@ -11,6 +11,7 @@ from mica.model.errors import Code, MicaError, not_found
 from mica.model.exec import ExecRecord
 from mica.model.image import Image
 from mica.model.operation import Operation
+from mica.model.schedule import Schedule
 from mica.model.snapshot import Part, Snapshot
 from mica.model.units import Bytes
 from mica.model.vm import Vm, VmStatus
@@ -164,6 +165,7 @@ class Records:
         self.snapshot_names = Table(store, "snapshot.name", Claim)
         self.template_names = Table(store, "template.name", Claim)
         self.parts = Table(store, "part", Part)
+        self.schedules = Table(store, "schedule", Schedule)
 
     async def commit(self, draft: Draft, *, durable: bool = True) -> int:
         return await self.store.commit(draft.transaction(), durable=durable)

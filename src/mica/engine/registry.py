@@ -5,6 +5,7 @@ from __future__ import annotations
 from mica.engine.definition import Definition
 from mica.engine.operations import (
     image_make,
+    schedule,
     snapshot_create,
     snapshot_delete,
     snapshot_restore,
@@ -38,6 +39,8 @@ DEFINITIONS: dict[str, Definition] = {
         snapshot_delete.DELETE_DEFINITION,
         snapshot_delete.SET_DEFINITION,
         snapshot_delete.VERIFY_DEFINITION,
+        schedule.CREATE_DEFINITION,
+        schedule.DELETE_DEFINITION,
         image_make.MAKE_DEFINITION,
         image_make.DELETE_DEFINITION,
         image_make.VERIFY_DEFINITION,

@@ -14,6 +14,7 @@ from mica.engine.operations.vm_create import find_image
 from mica.engine.records import ImageRow, Records, Versioned
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Operation, OperationState
+from mica.model.schedule import Schedule, format_keep
 from mica.model.snapshot import HISTORY, LASTING, Part, Snapshot, SnapshotKind, SnapshotState
 from mica.model.units import Bytes
 from mica.model.views import (
@@ -21,6 +22,8 @@ from mica.model.views import (
     ImagePage,
     ImageView,
     OperationPage,
+    SchedulePage,
+    ScheduleView,
     SnapshotPage,
     SnapshotView,
     VmPage,
@@ -304,6 +307,38 @@ class Views:
         """One template by name, id or the beginning of its id. Raises ``not-found``."""
         row = await self._records.snapshots.need(await self._records.resolve_template(ref))
         return (await _Shelf.read(self._records)).view(row)
+
+    async def schedules(self) -> SchedulePage:
+        """All schedules, oldest first."""
+        revision = await self._records.store.revision()
+        rows = sorted((await self._records.schedules.scan()).values(), key=lambda r: (r.value.created_at, r.value.id))
+        return SchedulePage(revision=revision, items=tuple([await self._schedule_view(row) for row in rows]))
+
+    async def schedule(self, ref: str) -> ScheduleView:
+        """One schedule by id or its beginning (8 characters or more). Raises ``not-found``."""
+        rows = await self._records.schedules.scan()
+        hits = [row for id_, row in rows.items() if id_ == ref or (len(ref) >= 8 and id_.startswith(ref))]
+        if len(hits) != 1:
+            raise not_found("schedule", ref, hint="`mica snapshot schedules` lists them all")
+        return await self._schedule_view(hits[0])
+
+    async def _schedule_view(self, row: Versioned[Schedule]) -> ScheduleView:
+        schedule, now = row.value, self._env.clock.now()
+        vms = {id_: vm.value for id_, vm in (await self._records.vms.scan()).items() if vm.value.deleted_at is None}
+        covered = {id_: vm for id_, vm in vms.items() if schedule.covers(id_, vm.labels)}
+        owed = any(schedule.last.get(id_, 0.0) < schedule.due(now) for id_ in covered)
+        taken = [s for s in (await self._records.snapshots.scan()).values() if s.value.schedule == schedule.id]
+        name = vms[schedule.vm_id].name if schedule.vm_id in vms else schedule.vm_id[:8]
+        label = f"{schedule.label}={schedule.value}" if schedule.value else schedule.label
+        return ScheduleView(
+            schedule=schedule,
+            generation=row.generation,
+            target=name if schedule.vm_id else label,
+            keep=format_keep(schedule.keep),
+            next_at=now if owed else schedule.following(now),
+            vms=tuple(sorted(vm.name for vm in covered.values())),
+            snapshots=len(taken),
+        )
 
     async def events(self, since: int | None) -> AsyncGenerator[Event, None]:
         """Changes after revision ``since`` (``None``: from now on), for ever. Raises ``gone`` when that is too old.

@@ -49,17 +49,18 @@ class SnapshotKind(StrEnum):
     """Why it was made. ``safety``: before something that replaces the present state. ``fork``: the moment at which
     forks began; its RAM need not be on disk, and it goes when nothing needs it any more. ``suspend``: the memory of a
     suspended VM, without its disks, which stay as they are; it goes when the VM goes on. ``template``: what others
-    begin at, under a name of its own; it outlives its VM."""
+    begin at, under a name of its own; it outlives its VM. ``schedule``: taken by itself, and deleted by a rule."""
 
     USER = "user"
     SAFETY = "safety"
     FORK = "fork"
     SUSPEND = "suspend"
     TEMPLATE = "template"
+    SCHEDULE = "schedule"
 
 
 # What a VM's own past is made of: its tree of snapshots shows these, and it goes back to them.
-HISTORY = frozenset({SnapshotKind.USER, SnapshotKind.SAFETY})
+HISTORY = frozenset({SnapshotKind.USER, SnapshotKind.SAFETY, SnapshotKind.SCHEDULE})
 # What outlives the VM that it was taken of.
 LASTING = frozenset({SnapshotKind.TEMPLATE})
 
@@ -96,7 +97,7 @@ class MemoryState(msgspec.Struct, frozen=True, kw_only=True):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A machine at one moment. ``disks`` maps each disk (and the UEFI variables) to its layer. ``memory`` is ``None``
     when the machine was stopped or its memory was not wanted. ``parent`` is the snapshot that it descends from.
-    ``quiesced``: the guest had frozen its file systems."""
+    ``quiesced``: the guest had frozen its file systems. ``schedule`` is the id of the schedule that had it taken."""
 
     id: str
     vm_id: str
@@ -114,6 +115,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     protected: bool = False
     pause_s: float | None = None
     quiesced: bool = False
+    schedule: str = ""
 
     @property
     def parts(self) -> tuple[str, ...]:

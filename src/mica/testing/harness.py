@@ -175,6 +175,7 @@ class Rig:
             "names": {i: r.value.holder for i, r in (await records.names.scan()).items()},
             "slots": {i: r.value.holder for i, r in (await records.slots.scan()).items()},
             "image rows": {i: (r.value.image, r.value.damaged) for i, r in (await records.images.scan()).items()},
+            "schedules": {i: r.value.keep for i, r in (await records.schedules.scan()).items()},
             "promises": (await records.read_ledger()).value.reserved,
         }
 

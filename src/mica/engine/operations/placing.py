@@ -19,6 +19,7 @@ MAX_SNAPSHOTS = 1000
 STEMS = {
     SnapshotKind.USER: "snapshot",
     SnapshotKind.SAFETY: "before-restore",
+    SnapshotKind.SCHEDULE: "auto",
     SnapshotKind.FORK: "fork",
     SnapshotKind.SUSPEND: "suspend",
 }

@@ -57,6 +57,7 @@ class Take(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     description: str = ""
     kind: SnapshotKind = SnapshotKind.USER
     cold: bool = False
+    schedule: str = ""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +113,7 @@ async def note(proposal: Proposal, body: Take, vm: Vm) -> None:
         kind=body.kind,
         parent=vm.snapshot,
         description=body.description,
+        schedule=body.schedule,
     )
     proposal.draft.put(env.records.snapshots, id_, snapshot, ABSENT)
     table, key = claim_of(env.records, snapshot)
