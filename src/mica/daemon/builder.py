@@ -138,7 +138,12 @@ class Builder:
     def branches(self) -> DirectoryBranches:
         home = self.settings.home
         qemu_img = shutil.which("qemu-img", path=self.settings.path) or ""
-        return DirectoryBranches(home / "volumes", home / "parts", qemu_img, bases=(home / "images",))
+        # Idle for the disk, last for the processor: what is done there can wait for every guest.
+        gently: list[str] = []
+        for program, how in (("nice", ("-n", "19")), ("ionice", ("-c", "3"))):
+            if path := shutil.which(program, path=self.settings.path):
+                gently += [path, *how]
+        return DirectoryBranches(home / "volumes", home / "parts", qemu_img, bases=(home / "images",), gently=gently)
 
     async def doctor(self, share: HostSlices, fresh: bool) -> DoctorReport:
         """Examine the host now."""

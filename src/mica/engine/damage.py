@@ -14,7 +14,7 @@ import structlog
 from mica.engine.definition import Env
 from mica.engine.records import Draft, Versioned
 from mica.model.errors import Code, MicaError
-from mica.model.snapshot import HISTORY, Part, Snapshot, SnapshotState
+from mica.model.snapshot import HISTORY, Part, Snapshot, SnapshotKind, SnapshotState
 from mica.model.units import Bytes
 from mica.model.vm import Vm, VmStatus
 
@@ -60,8 +60,14 @@ class Dependents(msgspec.Struct, frozen=True):
 
     @property
     def names(self) -> tuple[str, ...]:
-        taken = (f"{row.value.vm_name}/{row.value.name}" for row in self.snapshots)
-        return (*(f"snapshot {name}" for name in sorted(taken)), *sorted(f"VM {row.value.name}" for row in self.vms))
+        return (*sorted(map(_named, self.snapshots)), *sorted(f"VM {row.value.name}" for row in self.vms))
+
+
+def _named(row: Versioned[Snapshot]) -> str:
+    snapshot = row.value
+    if snapshot.kind is SnapshotKind.TEMPLATE:
+        return f"template {snapshot.name}"
+    return f"snapshot {snapshot.vm_name}/{snapshot.name}"
 
 
 async def dependents(env: Env, part_id: str) -> Dependents:
@@ -126,6 +132,9 @@ async def check(
     except MicaError as error:
         if error.code not in DAMAGE:
             raise
+        row = await env.records.parts.get(part.id)
+        if part.merging is not None or (row is not None and row.value.digest != part.digest):
+            return part.damaged  # its file is being replaced just now
         found = error.message
     await mark(env, part.id, found)
     return found

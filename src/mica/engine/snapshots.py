@@ -177,7 +177,8 @@ async def sweep(env: Env) -> str:
         for id_, vm in (await env.records.vms.scan()).items():
             draft.expect(env.records.vms, id_, vm.generation)
         for id_, part in (await env.records.parts.scan()).items():
-            if id_ not in still:
+            # One that is being merged into is left alone until that has ended.
+            if id_ not in still and part.value.merging is None:
                 draft.delete(env.records.parts, id_, part.generation)
 
     if not taking:  # parts of a snapshot that is being taken may have rows already and nothing that needs them

@@ -26,11 +26,20 @@ class PartKind(StrEnum):
     DEVICES = "devices"
 
 
+class Merged(msgspec.Struct, frozen=True, kw_only=True):
+    """What a layer will be with the layers below merged into it. ``digest`` is empty while that is being made."""
+
+    base: str
+    size: Bytes = Bytes(0)
+    digest: str = ""
+
+
 class Part(msgspec.Struct, frozen=True, kw_only=True):
     """One file that never changes. ``base`` is the part it lies over (a layer's older layer, changed pages' RAM image).
 
     ``image`` is the digest of the image that a lowest layer lies over. ``size`` is what it takes on the host in bytes.
     ``digest`` is empty until the file is complete, on disk and checksummed; ``damaged`` says what a check found.
+    ``merging`` is what the file is about to become, or may be already.
     """
 
     id: str
@@ -43,6 +52,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     verified_at: float | None = None
     damaged: str = ""
+    merging: Merged | None = None
 
 
 class SnapshotKind(StrEnum):

@@ -81,6 +81,19 @@ class Branches(Protocol):
         """As :meth:`freeze`, for a file that may be damaged: nothing of it is read or believed. Raises ``host-lacks``,
         ``exists``. A disk that has no file any more is no error."""
 
+    async def merge(self, part_id: str, below: int) -> Seal:
+        """Make a layer that reads as the part does without the ``below`` parts under it, beside it, with its checksum.
+
+        It begins anew each time, gently with the host. Raises ``insufficient-disk`` before anything is written,
+        ``corrupt`` when what was made does not read the same.
+        """
+
+    async def put_merged(self, part_id: str) -> None:
+        """Put what was made in the place of the part's file; machines keep what they have open. Idempotent."""
+
+    async def drop_merged(self, part_id: str) -> None:
+        """Remove what was made and is not in place."""
+
     async def stage(self, vm_id: str, disk: DiskSpec, base: Path, owner: tuple[int, int] | None) -> Volume:
         """Make the file that the disk goes on with, an empty layer over ``base``, beside the present one.
 

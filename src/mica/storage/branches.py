@@ -23,7 +23,9 @@ from mica.model.errors import Code, MicaError
 from mica.model.image import DiskFormat
 from mica.model.units import Bytes
 from mica.model.vm import DiskSpec, check_name
+from mica.ports.parts import Seal
 from mica.ports.volumes import Volume
+from mica.storage import merge
 from mica.storage.chain import Record, compare, damaged, layer_record, read_layer
 from mica.storage.files import (
     DEFAULT_RESERVE,
@@ -48,7 +50,8 @@ class DirectoryBranches:
     """Layers below ``root``, where :class:`mica.storage.directory.DirectoryVolumes` has its volumes, over ``parts``,
     the directory of :class:`mica.storage.parts.DirectoryParts`, which is on the same file system.
 
-    ``qemu_img``, ``bases`` and ``reserve`` are as for the volumes.
+    ``qemu_img``, ``bases`` and ``reserve`` are as for the volumes; ``gently`` are words before a command that has it
+    leave processor and disk to others (``nice``, ``ionice``).
     """
 
     def __init__(
@@ -59,10 +62,12 @@ class DirectoryBranches:
         *,
         bases: Sequence[Path] = (),
         reserve: Bytes = DEFAULT_RESERVE,
+        gently: Sequence[str] = (),
     ) -> None:
         self._layout = Layout(root, parts, bases, reserve)
         self._parts = parts.absolute()
         self._qemu_img = QemuImg(qemu_img)
+        self._gentle = QemuImg(qemu_img, gently)
 
     async def disks(self, vm_id: str) -> set[str]:
         directory = self._layout.directory(vm_id)
@@ -107,6 +112,18 @@ class DirectoryBranches:
                     path.unlink(missing_ok=True)
                 if about.exists():
                     about.rename(layer_record(self._parts, part_id))
+
+    async def merge(self, part_id: str, below: int) -> Seal:
+        """See the protocol. Raises ``invalid`` when there are not so many."""
+        return await merge.merge(self._layout, self._gentle, self._parts, part_id, below)
+
+    async def put_merged(self, part_id: str) -> None:
+        merge.put(self._parts, part_id)
+        with naming(self._parts):
+            await in_thread(sync_file, self._parts)
+
+    async def drop_merged(self, part_id: str) -> None:
+        await merge.discard(self._parts, part_id)
 
     async def stage(self, vm_id: str, disk: DiskSpec, base: Path, owner: tuple[int, int] | None) -> Volume:
         """See the protocol. What is staged already is kept when it lies over ``base``, else replaced.

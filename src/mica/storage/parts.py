@@ -117,7 +117,7 @@ class DirectoryParts:
         path = self.path(part_id)
         with naming(path):
             await in_thread(_settle, path)
-            digest = await _digest(path, report)
+            digest = await digest_of(path, report)
             return Seal(Bytes(path.stat().st_blocks * 512), digest)
 
     async def verify(
@@ -129,7 +129,7 @@ class DirectoryParts:
         with naming(path):
             try:
                 await in_thread(_forget_cached, path)
-                found = await _digest(path, report, rate)
+                found = await digest_of(path, report, rate)
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
@@ -183,17 +183,23 @@ def _copy(source: Path, path: Path, stop: threading.Event) -> None:
     temporary = _temporary(path)
     temporary.unlink(missing_ok=True)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with _reading(source) as from_, os.fdopen(descriptor, "wb", buffering=0) as to:
-            for at, block in _blocks(from_, stop):
-                _write_all(to.fileno(), block, at)
-            to.truncate(os.fstat(from_).st_size)
+        copy_data(source, temporary, stop)
         make_read_only(temporary)
         put_in_place(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     source.unlink()
+
+
+def copy_data(source: Path, target: Path, stop: threading.Event) -> None:
+    """Copy a file, leaving holes where it has nothing but zeroes. For threads; ``stop`` ends it."""
+    target.unlink(missing_ok=True)
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with _reading(source) as from_, os.fdopen(descriptor, "wb", buffering=0) as to:
+        for at, block in _blocks(from_, stop):
+            _write_all(to.fileno(), block, at)
+        to.truncate(os.fstat(from_).st_size)
 
 
 def _write_all(descriptor: int, block: memoryview, at: int) -> None:
@@ -253,7 +259,7 @@ def _read_rest(descriptor: int, block: memoryview, at: int, length: int) -> int:
     return length
 
 
-async def _digest(path: Path, report: Callable[[float], None], rate: Bytes | None = None) -> str:
+async def digest_of(path: Path, report: Callable[[float], None], rate: Bytes | None = None) -> str:
     """The checksum of a file and its record. ``report`` is called in the event loop."""
     loop, stop = asyncio.get_running_loop(), threading.Event()
 

@@ -7,7 +7,7 @@ only, which waste space and harm nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -48,14 +48,15 @@ _MEASURE: Final = msgspec.json.Decoder(_Measure)
 
 
 class QemuImg:
-    """Runs the program at ``path``; an empty path means that the host has none.
+    """Runs the program at ``path``, with the words ``before`` it; an empty path means that the host has none.
 
     Every method raises ``host-lacks``, ``timeout``, ``in-use`` when another process has the image open for writing,
     ``insufficient-disk``, ``invalid`` for a size beyond the format, else ``command-failed`` with its last words.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, before: Sequence[str] = ()) -> None:
         self._path = path
+        self._before = tuple(before)
 
     async def create(self, image: Path, size: int, base: Path | None, base_format: DiskFormat) -> None:
         """Make an empty qcow2 image, a layer over ``base`` where there is one.
@@ -85,6 +86,19 @@ class QemuImg:
 
         argv = ("convert", "-p", "-f", from_, "-O", to, str(source), str(image))
         await self._run(argv, image, timeout_s=QUICK_S + size / GIB * _COPY_S_PER_GIB, watch=watch)
+
+    async def rebase(self, image: Path, base: Path | None, base_format: DiskFormat, size: int) -> None:
+        """Have a qcow2 image lie over ``base``, or over nothing, and read as before: what differs is copied into it."""
+        below = ("-b", str(base), "-F", base_format) if base is not None else ("-b", "")
+        argv = ("rebase", "-q", "-f", "qcow2", *below, str(image))
+        await self._run(argv, image, timeout_s=QUICK_S + size / GIB * _COPY_S_PER_GIB)
+
+    async def compare(self, one: Path, other: Path, size: int) -> None:
+        """Raises ``corrupt`` unless a guest would see the same in both qcow2 images."""
+        argv = ("compare", "-q", "-U", "-f", "qcow2", "-F", "qcow2", str(one), str(other))
+        answer = await self._run(argv, other, timeout_s=QUICK_S + size / GIB * _COPY_S_PER_GIB, accept=(0, 1))
+        if answer.status:
+            raise MicaError(Code.CORRUPT, f"{other} does not read as {one} does", hint="look at the host's disk: dmesg")
 
     async def resize(self, image: Path, format_: DiskFormat, size: int) -> None:
         """Grow an image; never smaller, the program refuses that without ``--shrink``."""
@@ -127,7 +141,7 @@ class QemuImg:
             raise MicaError(
                 Code.HOST_LACKS, "this host has no qemu-img", hint="install it: apt-get install -y qemu-utils"
             )
-        answer = await ask([self._path, *arguments], timeout_s=timeout_s, watch=watch)
+        answer = await ask([*self._before, self._path, *arguments], timeout_s=timeout_s, watch=watch)
         if answer.status not in accept:
             raise _failure(arguments[0], image, answer)
         return answer

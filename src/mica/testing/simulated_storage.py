@@ -149,6 +149,48 @@ class SimulatedBranches:
             if volume is not None and PARTS / part_id not in self._files.there:
                 self._files.there[PARTS / part_id] = self._files.there[volume.path]
 
+    async def merge(self, part_id: str, below: int) -> Seal:
+        async with self._faults.around("branches.merge"):
+            path = PARTS / part_id
+            file = self._files.there[path]
+            if not 1 <= below <= len(file.below):
+                raise MicaError(Code.INVALID, f"{path} lies over {len(file.below)} files, not over {below}")
+            _take_space(self._world, f"part {part_id}")
+            gone = [self._files.there[p] for p in reversed(file.below[:below])]
+            tokens = [token for one in (*gone, file) for token in one.tokens]
+            merged = SimulatedFile(tokens, file.below[below:], file.size, DiskFormat.QCOW2, read_only=True)
+            merged.allocated = _ALLOCATED
+            self._files.there[_merging(part_id)] = merged
+            return Seal(Bytes(_ALLOCATED), _digest(merged))
+
+    async def put_merged(self, part_id: str) -> None:
+        async with self._faults.around("branches.put_merged"):
+            merged = self._files.there.pop(_merging(part_id), None)
+            if merged is None:
+                return
+            path = PARTS / part_id
+            gone = self._files.there[path].below
+            gone = gone[: len(gone) - len(merged.below)]
+            self._world.disk_free += self._files.remove(path)
+            self._files.there[path] = merged
+            self._forget_below(path, set(gone))
+
+    def _forget_below(self, path: Path, gone: set[Path]) -> None:
+        """What lies over the merged layer finds other files below it now."""
+
+        def without(below: tuple[Path, ...]) -> tuple[Path, ...]:
+            return tuple(p for p in below if p not in gone) if path in below else below
+
+        for file in self._files.there.values():
+            file.below = without(file.below)
+        for disks in (*self._world.volumes.values(), *self._files.staged.values()):
+            for name, volume in disks.items():
+                disks[name] = msgspec.structs.replace(volume, backing=without(volume.backing))
+
+    async def drop_merged(self, part_id: str) -> None:
+        async with self._faults.around("branches.drop_merged"):
+            self._world.disk_free += self._files.remove(_merging(part_id))
+
     async def stage(self, vm_id: str, disk: DiskSpec, base: Path, owner: tuple[int, int] | None) -> Volume:
         del owner
         async with self._faults.around("branches.stage"):
@@ -265,6 +307,10 @@ class SimulatedParts:
             return set(self._files.parts)
 
 
+def _merging(part_id: str) -> Path:
+    return SCRATCH / f"merge-{part_id}" / part_id
+
+
 def _volume(vm_id: str, disk: DiskSpec, name: str, below: tuple[Path, ...]) -> Volume:
     return Volume(
         name=disk.name,
@@ -310,5 +356,6 @@ def _take_space(world: SimulatedHost, what: str) -> None:
 
 
 def _digest(file: SimulatedFile) -> str:
-    told = repr((file.tokens, file.below, file.size, file.damage))
+    # A layer names what it lies over, and not what is below that.
+    told = repr((file.tokens, file.below[:1], file.size, file.damage))
     return "simulated:" + hashlib.sha256(told.encode()).hexdigest()
