@@ -61,10 +61,11 @@ class World:
         self._process: subprocess.Popen[bytes] | None = None
         home.mkdir(parents=True, exist_ok=True, mode=0o711)
         home.chmod(0o711)
-        if settings:
-            self.configure(**settings)
+        self.configure(**settings)
 
     def configure(self, **settings: str) -> None:
+        """Images are not booted behind the tests' backs unless one wants that."""
+        settings = {"boot_once": "false", **settings}
         (self.home / "config.toml").write_text("".join(f'{key} = "{value}"\n' for key, value in settings.items()))
 
     # ---- the daemon

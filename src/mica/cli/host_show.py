@@ -26,6 +26,7 @@ def describe(view: HostView, ctx: Context) -> str:
             ("memory", f"{size(view.memory)}, {size(view.available)} available"),
             ("for VMs", f"{size(view.committed)} promised, {size(view.reserve)} kept for the host"),
             ("VMs", f"{view.vms}, {view.running} running"),
+            ("booted once", f"{size(view.booted)} of {size(view.booted_limit)}" if view.booted_limit else "off"),
             ("accelerator", view.accelerator),
             ("QEMU", view.qemu),
             ("daemon", f"{view.version}, pid {view.pid}"),

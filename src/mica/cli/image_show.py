@@ -7,7 +7,8 @@ from typing import Annotated
 from mica.cli.context import Context
 from mica.cli.options import DEFAULTS, Hidden, ImageArg, Options
 from mica.cli.text import age, facts, moment, size, table
-from mica.model.views import ImageView
+from mica.model.units import Bytes
+from mica.model.views import BootedView, ImageView
 
 
 async def list_(*, options: Options = DEFAULTS, ctx: Annotated[Context, Hidden]) -> None:
@@ -21,7 +22,7 @@ def _list(ctx: Context, views: list[ImageView]) -> str:
     if not views:
         ctx.say("no images yet; make one with: mica image build micro")
         return ""
-    head = ("NAME", "DIGEST", "OS", "SIZE", "DISK", "AGE", "USED BY", "STATE")
+    head = ("NAME", "DIGEST", "OS", "SIZE", "DISK", "BOOTED", "AGE", "USED BY", "STATE")
     rows = [
         (
             view.image.name,
@@ -29,13 +30,14 @@ def _list(ctx: Context, views: list[ImageView]) -> str:
             view.image.os,
             size(view.image.size),
             size(view.image.disk_size) if view.image.disk else "-",
+            size(Bytes(sum(state.size for state in view.booted))) if view.booted else "-",
             age(view.image.created_at, ctx.now),
             _users(view),
             "damaged" if view.damaged else "ok",
         )
         for view in views
     ]
-    return table(head, rows, right=(3, 4, 5), colour=ctx.colour)
+    return table(head, rows, right=(3, 4, 5, 6), colour=ctx.colour)
 
 
 def short_digest(digest: str) -> str:
@@ -46,6 +48,14 @@ def short_digest(digest: str) -> str:
 def _users(view: ImageView) -> str:
     shown = ", ".join(view.used_by[:3])
     return shown + (f" and {len(view.used_by) - 3} more" if len(view.used_by) > 3 else "") or "-"
+
+
+def _booted(state: BootedView, ctx: Context) -> str:
+    """A state that VMs of one shape begin at."""
+    spec, used = state.spec, state.used_at
+    last = "not used yet" if used is None else f"used {age(used, ctx.now)} ago"
+    what = f"{spec.machine}, {spec.cpus} vCPU{'s' if spec.cpus > 1 else ''}, {size(spec.memory)}"
+    return f"{what}: {size(state.size)}, {last}"
 
 
 async def show(image: ImageArg, /, *, options: Options = DEFAULTS, ctx: Annotated[Context, Hidden]) -> None:
@@ -83,6 +93,7 @@ def describe(view: ImageView, ctx: Context) -> str:
             ("cloud-init", "yes" if image.cloud_init else "no"),
             ("files", "\n".join(f"{name}: {size(file.size)}" for name, file in sorted(image.files.items()))),
             ("build", "\n".join(f"{key}: {value}" for key, value in sorted(image.build.items()))),
+            ("booted", "\n".join(_booted(state, ctx) for state in view.booted)),
             ("used by", "\n".join(view.used_by)),
         ),
         colour=ctx.colour,

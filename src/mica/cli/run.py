@@ -26,6 +26,7 @@ async def run(
     /,
     *command: str,
     rm: Flag = False,
+    cold: Flag = False,
     agent_timeout: Duration = AGENT_TIMEOUT_S,
     shape: Shape = NO_SHAPE,
     how: GuestOptions = NO_GUEST_OPTIONS,
@@ -46,6 +47,8 @@ async def run(
         The command for the guest, after --. Without one the VM is left running.
     rm
         Delete the VM for good when the command has ended; without a command, when the guest shuts down.
+    cold
+        Boot it, also where this image was booted once already and the VM could begin there.
     agent_timeout
         How long to wait for the guest agent, for example 10m.
     """
@@ -55,7 +58,7 @@ async def run(
             return await ctx.wait(client, operation, cancel=True)
 
         agent = await client.ensure(image, waiter=wait)
-        body = make_create(image, start=True, ephemeral=rm, **shape.fields())
+        body = make_create(image, start=True, ephemeral=rm, cold=cold, **shape.fields())
         operation = await ctx.perform(client, client.vms.create(body, wait=False), cancel=True)
         vm = await client.vms.get(vm_id(operation))
         vm.rm = rm and bool(command)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from mica.daemon.settings import Settings, default_reserve
+from mica.daemon.settings import Settings, default_boot_space, default_reserve, default_warm
 from mica.engine.definition import Policy
 from mica.host.doctor import Examination, Probes, examine
 from mica.host.local import LocalHost, SystemClock
@@ -180,7 +180,15 @@ class Builder:
             operation_retention_s=s.keep_operations_s,
             scrub_rate=s.scrub_rate,
             uid_base=USERS.first if self.root and not s.jail_off else None,
+            boot_space=self._boot_space() if s.boot_once else 0,
+            warm=default_warm(memory),
         )
+
+    def _boot_space(self) -> int:
+        if self.settings.boot_space is not None:
+            return self.settings.boot_space
+        self.settings.home.mkdir(parents=True, exist_ok=True)
+        return default_boot_space(shutil.disk_usage(self.settings.home).total)
 
     def hypervisor(self, share: HostSlices) -> QemuHypervisor:
         s = self.settings

@@ -14,8 +14,10 @@ import structlog
 
 from mica import __version__
 from mica.daemon.settings import Settings
+from mica.engine import boots
 from mica.engine.engine import Engine
 from mica.engine.forking import clone, fork, restore
+from mica.engine.image_views import booted_size
 from mica.guest.copy import Copies, CopySummary
 from mica.guest.sessions import ExecSessions
 from mica.host.facts import read_facts
@@ -156,7 +158,9 @@ class Service:
     async def host(self) -> HostView:
         capacity = self._engine.env.host.capacity()
         ledger = (await self._records.read_ledger()).value.reserved.values()
-        statuses = [s.value.observed.state for s in (await self._records.statuses.scan()).values()]
+        hidden = await boots.hidden(self._engine.env)
+        rows = (await self._records.statuses.scan()).items()
+        statuses = [status.value.observed.state for vm_id, status in rows if vm_id not in hidden]
         found = self._hypervisor.found
         return HostView(
             hostname=read_facts().hostname,
@@ -173,6 +177,8 @@ class Service:
             running=sum(state in LIVE for state in statuses),
             accelerator=found.accelerator.value if found else "",
             qemu=found.build.version if found else "",
+            booted=await booted_size(self._engine.env),
+            booted_limit=Bytes(self._engine.env.policy.boot_space),
         )
 
     async def doctor(self, *, fresh: bool = False) -> DoctorReport:

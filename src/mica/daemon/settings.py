@@ -32,6 +32,9 @@ SETTINGS: dict[str, str] = {
     "trash": "how long deleted VMs can be restored; 7d if not given",
     "keep_operations": "how long ended operations are kept; 30d if not given",
     "scrub": "bytes per second at which parts of snapshots are read again, to find damage; 32M if not given, 0: never",
+    "boot_once": "true: VMs begin where their image had booted before; false: each of them boots; true if not given",
+    "boot_space": "disk for the states of images that were booted once; the smaller of 8 GiB and a tenth of the file "
+    "system if not given",
     "log_level": "debug, info, warning or error; info if not given",
 }
 
@@ -57,6 +60,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     trash_s: float = 7 * 86400.0
     keep_operations_s: float = 30 * 86400.0
     scrub_rate: int = 32 * MIB
+    boot_once: bool = True
+    boot_space: int | None = None
     log_level: str = "info"
 
     @property
@@ -117,6 +122,8 @@ def load(options: Mapping[str, str], environ: Mapping[str, str] = os.environ, ui
         raise invalid(f"slirp is {values['slirp']!r}", hint="allow or refuse")
     if Path(values.get("passt") or "passt").name != "passt":
         raise invalid(f"passt is {values['passt']!r}", hint="the path of a program named passt")
+    if values.get("boot_once", "true").lower() not in ("true", "false"):
+        raise invalid(f"boot_once is {values['boot_once']!r}", hint="true or false")
     if values.get("log_level", "info") not in ("debug", "info", "warning", "error"):
         raise invalid(f"log_level is {values['log_level']!r}", hint="debug, info, warning or error")
     return Settings(
@@ -135,8 +142,20 @@ def load(options: Mapping[str, str], environ: Mapping[str, str] = os.environ, ui
         trash_s=parse_duration(values.get("trash", "7d")),
         keep_operations_s=parse_duration(values.get("keep_operations", "30d")),
         scrub_rate=parse_size(values.get("scrub", "32M")),
+        boot_once=values.get("boot_once", "true").lower() == "true",
+        boot_space=parse_size(values["boot_space"]) if values.get("boot_space") else None,
         log_level=values.get("log_level", "info"),
     )
+
+
+def default_boot_space(disk: int) -> int:
+    """Bytes of a file system of that size for states of images that were booted once."""
+    return min(8 * GIB, disk // 10)
+
+
+def default_warm(memory: int) -> int:
+    """Bytes in which RAM images that nothing maps are kept for the next VM that begins there."""
+    return min(1 * GIB, memory // 16)
 
 
 def default_reserve(memory: int) -> int:

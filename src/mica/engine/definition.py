@@ -6,7 +6,7 @@ when ``do`` failed or was interrupted half way, and can be repeated too. The cra
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -69,7 +69,9 @@ class Policy:
 
     ``reserve`` is memory that VMs never get, so that the host need not kill anything; ``uid_base`` is the first user
     id of jailed machines (``None``: no privileges to change user), to which a VM's slot is added. Each part of a
-    snapshot is read again after ``scrub_every_s``, at ``scrub_rate`` bytes per second (0: never).
+    snapshot is read again after ``scrub_every_s``, at ``scrub_rate`` bytes per second (0: never). ``boot_space`` is the
+    disk that states of images may take which were booted once (0: images always boot), ``warm`` the memory in which
+    RAM images are kept that nothing maps, for the next one that begins there.
     """
 
     reserve: int = 512 * MIB
@@ -79,6 +81,8 @@ class Policy:
     scrub_every_s: float = 7 * 86400.0
     inbox_capacity: int = 16
     uid_base: int | None = None
+    boot_space: int = 0
+    warm: int = 0
 
     def owner(self, slot: int) -> tuple[int, int] | None:
         """User and group id of the machine in ``slot``; ``None``: the daemon's own."""
@@ -90,6 +94,9 @@ class Sampler(Protocol):
 
     def candidates(self, ledger: Ledger) -> list[Candidate]:
         """Running VMs that could make room for another."""
+
+    def busy(self, vm_ids: Collection[str]) -> float:
+        """Processors that these VMs use; one for each that nobody has looked at yet."""
 
 
 class Machines(Protocol):

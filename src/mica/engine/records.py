@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from mica.model.boot import Boot
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.exec import ExecRecord
 from mica.model.image import Image
@@ -166,6 +167,7 @@ class Records:
         self.template_names = Table(store, "template.name", Claim)
         self.parts = Table(store, "part", Part)
         self.schedules = Table(store, "schedule", Schedule)
+        self.boots = Table(store, "boot", Boot)
 
     async def commit(self, draft: Draft, *, durable: bool = True) -> int:
         return await self.store.commit(draft.transaction(), durable=durable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mica.engine.admission import Candidate
@@ -65,6 +66,10 @@ class UsageSampler:
             return VmUsage()
         memory = None if seen.memory is None else Bytes(seen.memory)
         return VmUsage(cpu=seen.cpu, cpu_s=seen.cpu_s, memory=memory, source=seen.source)
+
+    def busy(self, vm_ids: Collection[str]) -> float:
+        seen = (self._samples.get(vm_id) for vm_id in vm_ids)
+        return sum(1.0 if sample is None or sample.cpu is None else sample.cpu for sample in seen)
 
     def candidates(self, ledger: Ledger) -> list[Candidate]:
         """Running VMs that could make room for another."""

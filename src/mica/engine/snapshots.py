@@ -17,6 +17,9 @@ from mica.ports.store import ABSENT, Conflict
 
 replace = msgspec.structs.replace
 
+# What a VM does that cannot begin where its image had booted.
+COLD = "cold"
+
 # What is checked before a guest runs on it, whatever it takes; RAM images and disk layers are checked by scrubbing.
 AT_ONCE = (PartKind.DEVICES, PartKind.CHANGES, PartKind.NVRAM)
 
@@ -187,12 +190,29 @@ async def sweep(env: Env) -> str:
     for id_ in sorted(present - rows):
         await env.parts.remove(id_)
         removed += 1
-    live = {
-        s.value.runtime.ram for s in (await env.records.statuses.scan()).values() if s.value.runtime is not None
-    } | rows
-    for ram_id in env.ram.held() - live:
-        env.ram.release(ram_id)
+    await cool(env, _warm(env))
     return f"removed {removed} parts of snapshots" if removed else ""
+
+
+def _warm(env: Env) -> int:
+    """Bytes of RAM images that the host can spare for nobody but the next one that begins there."""
+    spare = env.host.capacity().available - 2 * env.policy.reserve
+    return max(0, min(env.policy.warm, spare // 2))
+
+
+async def cool(env: Env, keep: int) -> None:
+    """Let go of RAM images in memory that no machine maps, but for those used last, up to ``keep`` bytes. What is
+    not on disk yet, and may still be needed, stays."""
+    parts = {id_: row.value for id_, row in (await env.records.parts.scan()).items()}
+    statuses = (await env.records.statuses.scan()).values()
+    mapped = {row.value.runtime.ram for row in statuses if row.value.runtime is not None}
+    for ram_id in reversed(env.ram.held()):
+        part = parts.get(ram_id)
+        if ram_id in mapped or (part is not None and not part.digest):
+            continue
+        keep -= part.size if part is not None else keep + 1
+        if keep < 0:
+            env.ram.release(ram_id)
 
 
 async def forget_fork_points(env: Env) -> None:

@@ -10,8 +10,9 @@ import msgspec
 
 from mica.engine.damage import read_parts, vm_roots, wrong
 from mica.engine.definition import Env
+from mica.engine.image_views import image_views
 from mica.engine.operations.vm_create import find_image
-from mica.engine.records import ImageRow, Records, Versioned
+from mica.engine.records import Records, Versioned
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Operation, OperationState
 from mica.model.schedule import Schedule, format_keep
@@ -183,7 +184,7 @@ class Views:
         items: list[VmView] = []
         following = ""
         for vm_id, vm in vms.items():
-            if (vm.value.deleted_at is not None) != trashed or vm_id not in statuses:
+            if vm.value.hidden or (vm.value.deleted_at is not None) != trashed or vm_id not in statuses:
                 continue
             if labels and any(vm.value.labels.get(k) != v for k, v in labels.items()):
                 continue
@@ -199,7 +200,7 @@ class Views:
         out = {}
         for vm_id, status in (await self._records.statuses.scan()).items():
             vm = await self._records.vms.get(vm_id)
-            if vm is not None and status.value.runtime is not None:
+            if vm is not None and not vm.value.hidden and status.value.runtime is not None:
                 out[vm_id] = (vm.value.name, status.value.runtime)
         return out
 
@@ -243,29 +244,10 @@ class Views:
         except TimeoutError:
             return await self.operation(operation_id)
 
-    async def _users(self) -> dict[str, list[str]]:
-        users: dict[str, list[str]] = {}
-        for row in (await self._records.vms.scan()).values():
-            digests = {row.value.spec.image, *(d.image for d in row.value.spec.disks)} - {None}
-            for digest in digests:
-                assert digest is not None
-                users.setdefault(digest, []).append(row.value.name)
-        return users
-
-    def _image_view(self, row: Versioned[ImageRow], users: dict[str, list[str]]) -> ImageView:
-        return ImageView(
-            image=row.value.image,
-            generation=row.generation,
-            used_by=tuple(sorted(users.get(row.value.image.digest, []))),
-            verified_at=row.value.verified_at,
-            damaged=row.value.damaged,
-        )
-
     async def images(self) -> ImagePage:
         revision = await self._records.store.revision()
-        users = await self._users()
-        rows = (await self._records.images.scan()).values()
-        items = sorted((self._image_view(r, users) for r in rows), key=lambda v: (v.image.name, -v.image.created_at))
+        rows = list((await self._records.images.scan()).values())
+        items = sorted(await image_views(self._env, rows), key=lambda v: (v.image.name, -v.image.created_at))
         return ImagePage(revision=revision, items=tuple(items))
 
     async def image(self, ref: str) -> ImageView:
@@ -274,7 +256,7 @@ class Views:
         if found is None:
             raise not_found("image", ref)
         row = await self._records.images.need(found.image.digest)
-        return self._image_view(row, await self._users())
+        return (await image_views(self._env, [row]))[0]
 
     async def snapshots(self, vm: str = "", *, forks: bool = False) -> SnapshotPage:
         """All snapshots, or those of one VM, oldest first; with ``forks`` also the moments at which forks began."""
@@ -375,6 +357,8 @@ class Views:
             next(following, None)
             for (kind, id_), revision in touched.items():
                 after = next(following, None)
+                if await self._unseen(kind, id_):
+                    continue
                 told = revision - 1 if after == revision else revision
                 yield Event(revision=told, kind=kind, id=id_, object=await self._object(kind, id_))
             if changes:
@@ -382,13 +366,21 @@ class Views:
             else:
                 await store.wait(at)
 
+    async def _unseen(self, kind: str, id_: str) -> bool:
+        """Whether it is Mica's own: a VM that boots for nobody, the state that it was for."""
+        if kind == "vm":
+            vm = await self._records.vms.get(id_)
+            return vm is not None and vm.value.hidden
+        snapshot = await self._records.snapshots.get(id_) if kind == "snapshot" else None
+        return snapshot is not None and snapshot.value.kind is SnapshotKind.BOOT
+
     async def _object(self, kind: str, id_: str) -> VmView | Operation | ImageView | SnapshotView | None:
         if kind == "operation":
             found = await self._records.operations.get(id_)
             return found.value if found else None
         if kind == "image":
             row = await self._records.images.get(id_)
-            return self._image_view(row, await self._users()) if row else None
+            return (await image_views(self._env, [row]))[0] if row else None
         if kind == "snapshot":
             snapshot = await self._records.snapshots.get(id_)
             return (await _Shelf.read(self._records)).view(snapshot) if snapshot else None

@@ -59,7 +59,9 @@ class SnapshotKind(StrEnum):
     """Why it was made. ``safety``: before something that replaces the present state. ``fork``: the moment at which
     forks began; its RAM need not be on disk, and it goes when nothing needs it any more. ``suspend``: the memory of a
     suspended VM, without its disks, which stay as they are; it goes when the VM goes on. ``template``: what others
-    begin at, under a name of its own; it outlives its VM. ``schedule``: taken by itself, and deleted by a rule."""
+    begin at, under a name of its own; it outlives its VM. ``schedule``: taken by itself, and deleted by a rule.
+    ``boot``: an image right after it has booted, at which VMs of that image and shape begin; nobody's, and it outlives
+    the hidden VM that it was taken of."""
 
     USER = "user"
     SAFETY = "safety"
@@ -67,12 +69,13 @@ class SnapshotKind(StrEnum):
     SUSPEND = "suspend"
     TEMPLATE = "template"
     SCHEDULE = "schedule"
+    BOOT = "boot"
 
 
 # What a VM's own past is made of: its tree of snapshots shows these, and it goes back to them.
 HISTORY = frozenset({SnapshotKind.USER, SnapshotKind.SAFETY, SnapshotKind.SCHEDULE})
 # What outlives the VM that it was taken of.
-LASTING = frozenset({SnapshotKind.TEMPLATE})
+LASTING = frozenset({SnapshotKind.TEMPLATE, SnapshotKind.BOOT})
 
 
 class SnapshotState(StrEnum):
@@ -107,7 +110,8 @@ class MemoryState(msgspec.Struct, frozen=True, kw_only=True):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A machine at one moment. ``disks`` maps each disk (and the UEFI variables) to its layer. ``memory`` is ``None``
     when the machine was stopped or its memory was not wanted. ``parent`` is the snapshot that it descends from.
-    ``quiesced``: the guest had frozen its file systems. ``schedule`` is the id of the schedule that had it taken."""
+    ``quiesced``: the guest had frozen its file systems. ``schedule`` is the id of the schedule that had it taken.
+    ``used_at``: when a VM last began at a ``boot``."""
 
     id: str
     vm_id: str
@@ -126,6 +130,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     pause_s: float | None = None
     quiesced: bool = False
     schedule: str = ""
+    used_at: float | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:

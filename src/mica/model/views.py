@@ -231,6 +231,7 @@ class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     ``name`` empty: one is made from the image's. ``disk`` is the size of the root disk (at least the image's),
     ``disks`` are further, empty ones. ``start`` starts it too, ``overcommit`` insists where memory does not suffice.
+    ``cold``: it boots, although the image may have been booted once already.
     """
 
     name: str = ""
@@ -257,6 +258,7 @@ class VmCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     labels: dict[str, str] = {}
     description: str = ""
     start: bool = False
+    cold: bool = False
     overcommit: bool = False
 
 
@@ -309,14 +311,27 @@ class VmSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stop_timeout_s: float | msgspec.UnsetType = msgspec.UNSET
 
 
+class BootedView(msgspec.Struct, frozen=True, kw_only=True):
+    """A state of an image that was booted once, for machines of one shape. ``size`` is what it takes on disk;
+    ``used_at`` is when a VM last began there."""
+
+    id: str
+    spec: VmSpec
+    size: Bytes
+    created_at: float
+    used_at: float | None = None
+
+
 class ImageView(msgspec.Struct, frozen=True, kw_only=True):
-    """An image on this host; ``used_by`` are names of VMs made from it. ``damaged`` says what verification found."""
+    """An image on this host; ``used_by`` are names of VMs made from it. ``damaged`` says what verification found.
+    ``booted`` are states at which VMs made from it begin instead of booting."""
 
     image: Image
     generation: int
     used_by: tuple[str, ...] = ()
     verified_at: float | None = None
     damaged: str = ""
+    booted: tuple[BootedView, ...] = ()
 
 
 class ImageMake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -326,7 +341,8 @@ class ImageMake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HostView(msgspec.Struct, frozen=True, kw_only=True):
-    """This host and its daemon. ``committed`` is memory promised to running VMs, overhead included."""
+    """This host and its daemon. ``committed`` is memory promised to running VMs, overhead included. ``booted`` is the
+    disk that states of images take which were booted once, of ``booted_limit``; 0 where images always boot."""
 
     hostname: str
     version: str
@@ -342,6 +358,8 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     accelerator: str
     qemu: str
+    booted: Bytes = Bytes(0)
+    booted_limit: Bytes = Bytes(0)
 
 
 class Page(msgspec.Struct, frozen=True, kw_only=True):

@@ -209,7 +209,7 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
     ``slot`` is a small number, unique among the VMs of one host, from which its uid and its private network derive.
     ``deleted_at`` and ``expires_at`` (Unix seconds) are set while it lies in the trash. ``snapshot`` is the one that
     its present state descends from; ``layers`` maps disks to the parts directly below them, where they lie over parts.
-    ``forked_from`` is the name of the VM that it began as a copy of.
+    ``forked_from`` is the name of the VM that it began as a copy of. ``hidden``: nobody's, and nobody sees it.
     """
 
     id: str
@@ -225,6 +225,7 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: str = ""
     layers: dict[str, str] = {}
     forked_from: str = ""
+    hidden: bool = False
     deleted_at: float | None = None
     expires_at: float | None = None
 

@@ -193,6 +193,9 @@ class Hypervisor(Protocol):
     async def retire(self, vm_id: str, incarnation: int) -> None:
         """End this one machine of the VM and remove what was its alone; another incarnation goes on. Idempotent."""
 
+    def build_of(self, spec: VmSpec) -> MachineBuild:
+        """What a state of such a machine would fit if it began now. Raises ``host-lacks`` before any machine could."""
+
     async def build(self, runtime: VmRuntime) -> MachineBuild:
         """What a state of this machine fits."""
 

@@ -19,7 +19,8 @@ class RamImages(Protocol):
     async def save(self, ram_id: str, file: Path, report: Callable[[float], None]) -> None:
         """Write it to ``file``, holes left out. Raises ``not-found`` when nothing holds it, ``insufficient-disk``."""
 
-    def held(self) -> set[str]: ...
+    def held(self) -> list[str]:
+        """What is held here, the one that a machine was started on last at the end."""
 
     def release(self, ram_id: str) -> None:
         """Let go of it; machines that map it keep it."""

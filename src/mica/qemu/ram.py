@@ -104,6 +104,7 @@ class RamImages:
         """The image, read from ``file`` unless it is in memory; the descriptor stays ours. Raises ``not-found``."""
         if ram_id not in self._held:
             self._held[ram_id] = await self._read(ram_id, file)
+        self._held[ram_id] = self._held.pop(ram_id)  # the last one used is the last one
         return self._held[ram_id]
 
     async def _read(self, ram_id: str, file: Path) -> int:
@@ -145,8 +146,8 @@ class RamImages:
         finally:
             os.close(mine)
 
-    def held(self) -> set[str]:
-        return set(self._held)
+    def held(self) -> list[str]:
+        return list(self._held)
 
     def release(self, ram_id: str) -> None:
         descriptor = self._held.pop(ram_id, None)

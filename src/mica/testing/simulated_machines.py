@@ -16,7 +16,6 @@ from mica.testing.simulated_files import PARTS
 from mica.testing.simulated_world import Behaviour, Feed, SimulatedHost, SimulatedProcess
 
 MAX_CPUS = 64
-BUILD = MachineBuild(qemu="simulated", machine="pc-simulated", cpu="simulated", accelerator="simulated")
 
 
 class SimulatedMachine:
@@ -70,9 +69,9 @@ class SimulatedMachine:
             # A guest's file systems are as frozen in its copies as in itself.
             world.storage.put(into / "devices", ["devices", *(["frozen"] if self.process.frozen else [])])
             if own:
-                return Captured(devices=into / "devices", build=BUILD)
+                return Captured(devices=into / "devices", build=world.build)
             world.storage.put(into / "changes", self.process.memory)
-            return Captured(devices=into / "devices", changes=into / "changes", build=BUILD, changed=Bytes(MIB))
+            return Captured(devices=into / "devices", changes=into / "changes", build=world.build, changed=Bytes(MIB))
 
     async def forecast(self) -> Forecast:
         async with self._faults.around("machine.forecast"):
@@ -134,7 +133,7 @@ class SimulatedRamImages:
     def __init__(self, world: SimulatedHost) -> None:
         self._world = world
         self._faults = world.faults
-        self._held: set[str] = set()
+        self._held: dict[str, None] = {}
 
     async def hold(self, runtime: VmRuntime, ram_id: str) -> None:
         async with self._faults.around("ram.hold"):
@@ -142,17 +141,18 @@ class SimulatedRamImages:
             if process is None:
                 raise MicaError(Code.QEMU_FAILED, "the machine ended before its memory could be kept")
             self._world.ram_images[ram_id] = process.memory
-            self._held.add(ram_id)
+            self._held[ram_id] = None
 
     def learn(self, ram_id: str) -> None:
-        self._held.add(ram_id)
+        self._held[ram_id] = None
 
     def need(self, origin: Origin) -> None:
         if origin.ram not in self._world.ram_images:
             if origin.ram_file not in self._world.storage.there:
                 raise not_found("RAM image", origin.ram)
             self._world.ram_images[origin.ram] = list(self._world.storage.there[origin.ram_file].tokens)
-        self._held.add(origin.ram)
+        self._held.pop(origin.ram, None)
+        self._held[origin.ram] = None
 
     async def save(self, ram_id: str, file: Path, report: Callable[[float], None]) -> None:
         async with self._faults.around("ram.save"):
@@ -161,11 +161,11 @@ class SimulatedRamImages:
             self._world.storage.put(file, self._world.ram_images[ram_id])
             report(1.0)
 
-    def held(self) -> set[str]:
-        return set(self._held)
+    def held(self) -> list[str]:
+        return list(self._held)
 
     def release(self, ram_id: str) -> None:
-        self._held.discard(ram_id)
+        self._held.pop(ram_id, None)
         if not any(p.plan.origin and p.plan.origin.ram == ram_id for p in self._world.living()):
             self._world.ram_images.pop(ram_id, None)
 
@@ -243,9 +243,13 @@ class SimulatedHypervisor:
                 self._images.learn(runtime.ram)
             return None if found is None else SimulatedMachine(found)
 
+    def build_of(self, spec: VmSpec) -> MachineBuild:
+        del spec
+        return self._world.build
+
     async def build(self, runtime: VmRuntime) -> MachineBuild:
         del runtime
-        return BUILD
+        return self._world.build
 
     async def retire(self, vm_id: str, incarnation: int) -> None:
         async with self._faults.around("hypervisor.retire"):

@@ -153,7 +153,7 @@ def _promises(reserved: Mapping[str, Reservation], statuses: Mapping[str, VmStat
 
 
 def _claims(vms: Mapping[str, Vm], names: Mapping[str, str], slots: Mapping[str, Versioned[Claim]]) -> list[str]:
-    wanted = {vm.name: vm.id for vm in vms.values() if vm.deleted_at is None}
+    wanted = {vm.name: vm.id for vm in vms.values() if vm.deleted_at is None and not vm.hidden}
     found = [f"names are claimed as {dict(names)}, not as {wanted}"] if names != wanted else []
     taken = {slot: claim.value.holder for slot, claim in slots.items()}
     used = {str(vm.slot): vm.id for vm in vms.values()}

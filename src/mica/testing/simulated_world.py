@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from mica.model.image import DirectBoot, DiskFormat, Image, ImageFile
+from mica.model.snapshot import MachineBuild
 from mica.model.units import GIB, MIB, Bytes
 from mica.model.vm import AgentState, NicRuntime, ProcessRef
 from mica.ports.clock import Clock
@@ -202,6 +203,8 @@ class SimulatedHost:
         self.default = Behaviour()
         self.behaviours: dict[str, Behaviour] = {}
         self.boots = 1
+        # What states of machines fit, of this host's QEMU as it is now.
+        self.build = MachineBuild(qemu="simulated", machine="pc-simulated", cpu="simulated", accelerator="simulated")
         self.processes: dict[str, SimulatedProcess] = {}
         # Second machines of VMs that are about to go on as children of their frozen memory.
         self.spares: dict[str, SimulatedProcess] = {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import msgspec
+import structlog
 
 from mica.engine.definition import Context, Proposal, Step
 from mica.engine.operations.placing import free_name, free_slot
-from mica.engine.snapshots import need_whole, until, word
+from mica.engine.snapshots import COLD, check_parts, need_whole, until, word
 from mica.model.errors import Code, MicaError, invalid, not_found
 from mica.model.identity import Identity
 from mica.model.mac import mac_address
@@ -14,6 +15,7 @@ from mica.model.snapshot import Snapshot, SnapshotKind, SnapshotState
 from mica.model.views import VmCreate
 from mica.model.vm import Machine, NicSpec, Power, Vm, VmSpec, check_labels, check_name, check_spec
 
+log = structlog.get_logger()
 replace = msgspec.structs.replace
 
 
@@ -107,14 +109,22 @@ def _nic(vm_id: str, nic: NicSpec) -> NicSpec:
     return replace(nic, mac=mac_address(vm_id, nic.name), publish=publish)
 
 
-async def origin(context: Context) -> None:
+async def origin(context: Context) -> str:
     """Wait until the disks are frozen, which may be just being done; the new VM lies over those layers from then on.
 
-    One that starts waits for the rest when it runs; for any other nobody may write to those layers any more.
+    One that starts waits for the rest when it runs; for any other nobody may write to those layers any more. Returns
+    what the VM does instead, ``cold``, where its image was to have booted and that state is damaged.
     """
     state = SnapshotState.FROZEN if context.operation.params.get("start") else SnapshotState.SAVING
     snapshot = await until(context.env, context.operation.params["snapshot"], state)
+    if snapshot.kind is SnapshotKind.BOOT:
+        try:
+            await check_parts(context.env, snapshot)
+        except MicaError as error:
+            log.warning("boots instead", vm=context.vm_id, error=error.message)
+            return COLD
     await context.env.records.vms.update(context.vm_id, lambda vm: replace(vm, layers=snapshot.disks))
+    return ""
 
 
 ORIGIN = Step("origin", origin, words="waiting for the state that it begins at")

@@ -6,13 +6,14 @@ from typing import Any
 
 import msgspec
 
+from mica.engine import boots
 from mica.engine.definition import Context, Definition, NoParams, Proposal, Step
 from mica.engine.operations.vm_create import find_image
 from mica.engine.records import Draft, ImageRow
-from mica.engine.snapshots import word
+from mica.engine.snapshots import draft_forget, word
 from mica.model.errors import Code, MicaError
 from mica.model.image import Image
-from mica.model.snapshot import LASTING
+from mica.model.snapshot import SnapshotKind
 from mica.model.views import ImageMake
 from mica.model.vm import VmSpec, check_name
 from mica.ports.store import ABSENT
@@ -90,8 +91,9 @@ async def undo_record(context: Context) -> None:
 async def users(context: Context | Proposal, digest: str) -> list[str]:
     """Names of the VMs, those in the trash included, that stand on the image, and of templates."""
     records = context.env.records
-    vms = [row.value for row in (await records.vms.scan()).values()]
-    kept = [row.value for row in (await records.snapshots.scan()).values() if row.value.kind in LASTING]
+    vms = [row.value for row in (await records.vms.scan()).values() if not row.value.hidden]
+    rows = (await records.snapshots.scan()).values()
+    kept = [row.value for row in rows if row.value.kind is SnapshotKind.TEMPLATE]
     return sorted(
         [*(vm.name for vm in vms if stands_on(vm.spec, digest)), *(word(s) for s in kept if stands_on(s.spec, digest))]
     )
@@ -134,6 +136,9 @@ async def unrecord(context: Context) -> None:
         held = await context.env.records.images.get(digest)
         if held is not None:
             _refuse_used(held.value.image.name, await users(context, digest))
+            for row in await boots.states(context.env):
+                if stands_on(row.value.spec, digest):
+                    draft_forget(context.env.records, draft, row)
             draft.delete(context.env.records.images, digest, held.generation)
 
     await context.env.records.transact(write)

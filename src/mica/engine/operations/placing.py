@@ -22,6 +22,7 @@ STEMS = {
     SnapshotKind.SCHEDULE: "auto",
     SnapshotKind.FORK: "fork",
     SnapshotKind.SUSPEND: "suspend",
+    SnapshotKind.BOOT: "boot",
 }
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import msgspec
 import structlog
 
+from mica.engine import boots
 from mica.engine.admission import admit, with_room
 from mica.engine.damage import explained, sound
 from mica.engine.definition import Context, Env, Proposal, Step
 from mica.engine.operations.quiescing import let_go
 from mica.engine.records import Ledger, Reservation
 from mica.engine.settle import moved, set_state, stopped, take_down
-from mica.engine.snapshots import origin_of, until
+from mica.engine.snapshots import COLD, cool, origin_of, until
 from mica.model.errors import Code, MicaError
 from mica.model.identity import Identity
 from mica.model.snapshot import Snapshot, SnapshotState
@@ -48,19 +49,30 @@ async def reserve(proposal: Proposal, vm: Vm, *, overcommit: bool) -> None:
     held = ledger.value.reserved.get(vm.id, Reservation(Bytes(0), Bytes(0)))
     if need.ram > held.ram or need.overhead > held.overhead:
         # What the VM itself holds now is free by the time it starts (again).
-        others = Ledger({k: v for k, v in ledger.value.reserved.items() if k != vm.id})
         running = env.sampler.candidates(ledger.value)
-        own = sum(c.used for c in running if c.vm_id == vm.id)
-        admit(
-            vm.name,
-            vm.spec,
-            need,
-            with_room(env.host.capacity(), own),
-            others,
-            [c for c in running if c.vm_id != vm.id],
-            reserve=env.policy.reserve,
-            overcommit=overcommit,
-        )
+
+        def offer(away: set[str]) -> None:
+            """Admit it as if these VMs were not there."""
+            freed = sum(c.used for c in running if c.vm_id in away)
+            admit(
+                vm.name,
+                vm.spec,
+                need,
+                with_room(env.host.capacity(), freed),
+                Ledger({k: v for k, v in ledger.value.reserved.items() if k not in away}),
+                [c for c in running if c.vm_id not in away],
+                reserve=env.policy.reserve,
+                overcommit=overcommit,
+            )
+
+        try:
+            offer({vm.id})
+        except MicaError as error:
+            if error.code is not Code.INSUFFICIENT_MEMORY or vm.hidden:
+                raise
+            # Whatever nobody asked for makes room (mica.engine.reconcilers.boots ends them).
+            await cool(env, 0)
+            offer({vm.id, *await boots.hidden(env)})
     # Until it is down, what runs now needs its memory.
     most = Reservation(Bytes(max(need.ram, held.ram)), Bytes(max(need.overhead, held.overhead)))
     new = Ledger({**ledger.value.reserved, vm.id: most})
@@ -215,6 +227,8 @@ async def plan_launch(
 
 async def _origin(context: Context, state: SnapshotState) -> tuple[Snapshot, Origin] | None:
     """The state that this start begins at instead of at power-on, once it has come to ``state``."""
+    if context.outputs.get("origin") == COLD:
+        return None
     id_ = context.operation.params.get("origin") or (context.outputs.get("salvage") or {}).get("origin")
     if context.operation.params.get("wake"):
         saved = (await context.env.records.statuses.need(context.vm_id)).value.suspended

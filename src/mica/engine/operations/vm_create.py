@@ -10,7 +10,9 @@ from typing import Any
 
 import msgspec
 
+from mica.engine.boots import Hidden
 from mica.engine.definition import Context, Definition, Env, Proposal, Step
+from mica.engine.operations.booting import begin_booted, hidden_vm
 from mica.engine.operations.copying import ORIGIN, UNTIE, copy_of, yet_to_become
 from mica.engine.operations.placing import free_name, free_slot
 from mica.engine.operations.starting import START, reserve
@@ -151,6 +153,9 @@ async def plan(proposal: Proposal) -> None:
         return
     if body.full:
         raise invalid("a full copy is one of a snapshot", hint="clone the VM: `mica clone VM --full`")
+    if isinstance(body, Hidden):
+        await admit_new(proposal, await hidden_vm(proposal, body))
+        return
     row = await find_image(env, body.image)
     if row is not None and row.damaged:
         raise MicaError(
@@ -174,6 +179,7 @@ async def plan(proposal: Proposal) -> None:
         image_name=image.name if image else "",
     )
     await admit_new(proposal, vm)
+    await begin_booted(proposal, body, vm, image)
 
 
 async def admit_new(proposal: Proposal, vm: Vm) -> None:
@@ -181,7 +187,8 @@ async def admit_new(proposal: Proposal, vm: Vm) -> None:
     assert isinstance(proposal.params, VmCreate)
     env, draft = proposal.env, proposal.draft
     proposal.target_name = vm.name
-    await claim_name(env, draft, vm.name, vm.id)
+    if not vm.hidden:
+        await claim_name(env, draft, vm.name, vm.id)
     if vm.spec.image is not None:
         # Written anew so that deleting the image, which expects the row as it saw it, cannot cross this.
         held = await env.records.images.need(vm.spec.image)

@@ -17,6 +17,7 @@ from mica.engine.definition import Env
 from mica.engine.reconcilers import (
     actors,
     autostart,
+    boots,
     guests,
     identity,
     images,
@@ -113,6 +114,7 @@ def make_loops(env: Env, engine: Engine) -> list[Loop]:
         Loop("recheck", lambda: recheck.reconcile(env, engine), env.clock, 2.0, 1.0, SCRUB_S),
         Loop("scrub", lambda: scrub.reconcile(env), env.clock, 300.0, 120.0, SCRUB_S),
         Loop("schedules", lambda: schedules.reconcile(env, engine), env.clock, 5.0, 1.0),
+        Loop("boots", lambda: boots.reconcile(env, engine), env.clock, 3.0, 5.0),
         Loop("trash", lambda: trash.reconcile(env, engine), env.clock, 60.0, 10.0),
         Loop("retention", lambda: retention.reconcile(env), env.clock, 600.0, 20.0),
         Loop("actors", lambda: actors.reconcile(engine), env.clock, 30.0, 30.0),
