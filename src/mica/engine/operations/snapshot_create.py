@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from mica.engine.damage import closure, read_parts
 from mica.engine.definition import Context, Definition, Env, Proposal, Step, from_plain
 from mica.engine.operations import forecasting, quiescing
 from mica.engine.operations.placing import snapshot_name
@@ -444,12 +445,15 @@ async def keep(context: Context) -> None:
 
 
 async def save(context: Context) -> None:
-    """Every part to disk, with its checksum. The moment of a fork is not: it goes with the forks."""
+    """Every part to disk, with its checksum, and what it lies over: moments at which forks began left that undone.
+
+    Such a moment itself is not saved: it goes with the forks.
+    """
     env, snapshot = context.env, await _snapshot(context)
     if snapshot.kind is SnapshotKind.FORK:
         return
-    rows = {id_: (await env.records.parts.need(id_)).value for id_ in snapshot.parts}
-    unsealed = [part for part in rows.values() if not part.digest]
+    rows = await read_parts(env)
+    unsealed = [rows[id_] for id_ in closure(rows, snapshot.parts) if not rows[id_].digest]
     for number, part in enumerate(unsealed):
 
         def report(fraction: float, number: int = number, part: Part = part) -> None:
