@@ -248,6 +248,9 @@ async def launch(context: Context) -> VmRuntime:
         await make_slice(context)
         nics = tuple(await attach_networks(context))
     begun = await _origin(context, SnapshotState.FROZEN)
+    if begun is not None and begun[0].disks and context.env.policy.owner(vm.slot) is not None:
+        # Until the original has left its layers, no other user may read them.
+        begun = await _origin(context, SnapshotState.SAVING)
     volumes = tuple(context.output("prepare", list[Volume]))
     plan = await plan_launch(
         context.env,
