@@ -13,6 +13,7 @@ from mica.engine.operations.vm_create import claim_name, erase
 from mica.engine.operations.vm_suspend import GIVE_UP
 from mica.engine.records import Draft
 from mica.engine.settle import NOT_DELETED, moved, set_state
+from mica.engine.snapshots import sweep
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
 from mica.model.transitions import VmVerb
@@ -159,10 +160,15 @@ async def forget(context: Context) -> None:
     await erase(context.env, context.vm_id)
 
 
+async def clear(context: Context) -> str:
+    return await sweep(context.env)
+
+
 def purge_steps(operation: Operation) -> Sequence[Step]:
     end = (
         Step("empty", empty, undo_empty, cancellable=False, words="deleting its disks"),
         Step("forget", forget, cancellable=False, follows=True, words="deleting its logs and records"),
+        Step("clear", clear, cancellable=False, follows=True, timeout_s=600.0, words="freeing what nothing needs"),
     )
     return (*STOP, GIVE_UP, *end) if operation.params.get("force") else end
 
