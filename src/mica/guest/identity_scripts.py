@@ -289,15 +289,11 @@ names=
 for n in @NAMES@; do [ "$n" = - ] || names="$names $n"; done
 [ "$names" ] || { echo "it has no interface that changed"; exit @NONE@; }
 @CONFIGS@
-for n in $names; do
-  # The link-local address is made from the MAC address when the interface comes up, or when this is switched on.
-  g=/proc/sys/net/ipv6/conf/$n/addr_gen_mode
-  if [ -w "$g" ] && [ "$(cat "$g")" = 0 ]; then
-    ip -6 addr flush dev "$n" scope link
-    echo 1 >"$g"
-    echo 0 >"$g"
-  fi
-done
+addresses() {
+  ip -4 addr show dev "$1" 2>/dev/null | sed -n 's/.*inet \([0-9.]*\).*/\1/p'
+}
+old=
+for n in $names; do old="$old $(addresses "$n")"; done
 how=
 if [ -d /run/systemd/system ] && systemctl -q is-active systemd-networkd.service; then
   # It takes the machine id, which names it to DHCP servers, only when it starts.
@@ -306,33 +302,62 @@ fi
 if [ -z "$how" ] && command -v nmcli >/dev/null && nmcli -t general status >/dev/null 2>&1; then
   how=NetworkManager
   for n in $names; do nmcli device disconnect "$n"; nmcli device connect "$n" || how=; done >/dev/null 2>&1
+  old=
 fi
 for n in $names; do
   [ -z "$how" ] || [ "$how" = udhcpc ] || [ "$how" = ifupdown ] || [ "$how" = dhcpcd ] || break
-  if [ -x /sbin/nic ] && [ -e "/run/udhcpc.$n.pid" ]; then
-    /sbin/nic renew "$n" && how=udhcpc
-  elif [ -e "/run/udhcpc.$n.pid" ]; then
-    p=$(cat "/run/udhcpc.$n.pid")
-    kill -USR2 "$p" && kill -USR1 "$p" && how=udhcpc
+  if [ -e "/run/udhcpc.$n.pid" ]; then
+    # Signals that wait together come in the order of their numbers, and this one must come first.
+    ip link set "$n" up
+    kill -USR2 "$(cat "/run/udhcpc.$n.pid")" || continue
+    i=0
+    until sleep 0.1; [ $i -ge 50 ] || [ -z "$(addresses "$n")" ]; do i=$((i + 1)); done
+    [ $i -ge 50 ] || old=
+    kill -USR1 "$(cat "/run/udhcpc.$n.pid")" && how=udhcpc
   elif command -v ifquery >/dev/null && ifquery --state "$n" >/dev/null 2>&1; then
     ifdown --force "$n" >/dev/null 2>&1
     ifup "$n" >/dev/null 2>&1 && how=ifupdown
+    old=
   elif command -v dhcpcd >/dev/null; then
     dhcpcd -n "$n" >/dev/null 2>&1 && how=dhcpcd
   fi
 done
 [ "$how" ] || { echo "nothing that Mica knows manages its network: addresses are the original's"; exit 1; }
 for n in $names; do
+  # What it has is the old address until it is given back; a network of another kind may give the same one again.
   i=0
-  until ip -4 addr show dev "$n" 2>/dev/null | grep -q 'inet ' ; do
+  while g=$(addresses "$n"); do
+    case " $old " in *" $g "*) [ "$g" ] && [ $i -ge 20 ] && break ;; *) [ "$g" ] && break ;; esac
     i=$((i + 1))
     [ $i -lt 100 ] || { echo "$n got no address from $how"; exit 1; }
+    [ "$how" = udhcpc ] && [ $((i % 20)) = 0 ] && kill -USR1 "$(cat "/run/udhcpc.$n.pid")"
     sleep 0.2
   done
+  # The link-local address is made from the MAC address when the interface comes up, or when this is switched on.
+  # Giving an address back may take it away.
+  g=/proc/sys/net/ipv6/conf/$n/addr_gen_mode
+  if [ -w "$g" ] && [ "$(cat "$g")" = 0 ]; then
+    ip -6 addr flush dev "$n" scope link
+    echo 1 >"$g"
+    echo 0 >"$g"
+  fi
+  i=0
+  until g=$(ip -4 route | sed -n "s/^default via \\([0-9.]*\\) dev $n.*/\\1/p;T;q") && [ "$g" ] || [ $i -ge 10 ]; do
+    i=$((i + 1))
+    sleep 0.1
+  done
+  [ "$g" ] || continue
+  if command -v bash >/dev/null; then
+    bash -c 'echo >"/dev/udp/$1/9"' - "$g" 2>/dev/null
+  elif command -v ping >/dev/null; then
+    ping -c 1 -W 1 "$g" >/dev/null 2>&1 &
+  fi
 done
 echo "renewed by $how"
 """
-"""The addresses that configuration names follow, and DHCP is asked anew."""
+"""The addresses that configuration names follow, and DHCP is asked anew. What comes in through a published port goes to
+the address that the guest was last seen to use (passt(1)), which is the old one when it gave that back: so something is
+sent from the new one."""
 
 # Files that may name an interface by its MAC address. Those below /run are read by what runs now, to which the
 # interface's permanent address is still the old one.

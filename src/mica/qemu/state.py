@@ -178,11 +178,22 @@ async def _until(monitor: Monitor, done: Callable[[str], bool]) -> None:
 
 
 async def join(monitor: Monitor, nics: tuple[NicRuntime, ...]) -> None:
-    """See :meth:`mica.ports.hypervisor.StatefulMachine.join`."""
-    for hub, one in enumerate(nics):
-        for backend in nic.join(one, hub=hub):
-            try:
-                await monitor.run("netdev_add", backend)
-            except MicaError as error:
-                if "Duplicate ID" not in error.message:  # else it is repeated
-                    raise
+    """See :meth:`mica.ports.hypervisor.StatefulMachine.join`.
+
+    What the guest has sent into the empty hub keeps its device waiting, for ever (QEMU source, ``net/hub.c``: a port
+    alone "can not receive"). Stopping the machine drops that (``net_vm_change_state_handler``).
+    """
+    runs = bool((await monitor.run("query-status"))["running"])
+    if runs:
+        await monitor.run("stop")
+    try:
+        for hub, one in enumerate(nics):
+            for backend in nic.join(one, hub=hub):
+                try:
+                    await monitor.run("netdev_add", backend)
+                except MicaError as error:
+                    if "Duplicate ID" not in error.message:  # else it is repeated
+                        raise
+    finally:
+        if runs:
+            await monitor.run("cont")
