@@ -108,18 +108,20 @@ class Monitor:
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Events in order, ending when the connection ends. For one reader."""
         disconnected = asyncio.ensure_future(self._disconnected())
+        following: asyncio.Future[Message] | None = None
         try:
             while True:
                 following = asyncio.ensure_future(self._events.get())
                 done, _ = await asyncio.wait({following, disconnected}, return_when=asyncio.FIRST_COMPLETED)
                 if following not in done:
-                    following.cancel()
                     while not self._events.empty():
                         yield dict(await self._events.get())
                     return
                 yield dict(following.result())
         finally:
             disconnected.cancel()
+            if following is not None:
+                following.cancel()
 
     async def _disconnected(self) -> None:
         while self._client.runstate.name == "RUNNING":
