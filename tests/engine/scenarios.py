@@ -12,6 +12,7 @@ from mica.engine.operations.snapshot_create import Take
 from mica.model.image import DebianRecipe, MicroRecipe
 from mica.model.operation import OperationState
 from mica.model.schedule import format_keep
+from mica.model.snapshot import SnapshotKind
 from mica.model.units import GIB, MIB, Bytes
 from mica.model.views import ImageMake, ScheduleCreate, VmCreate, VmDelete, VmRestore, VmSet, VmStart, VmStop
 from mica.model.vm import DiskSpec, IoLimits, VmState
@@ -130,6 +131,20 @@ async def _went_back(rig: Rig) -> None:
     assert rig.world.content(vm_id, "data") == ("good",)
     kept = next(r.value for r in (await rig.records.snapshots.scan()).values() if r.value.name == "damaged-1")
     assert rig.world.storage.parts[kept.disks["data"]].tokens == ["lost"]
+
+
+async def _template(life: Life) -> str:
+    await _running(life)
+    life.rig.world.process("a").memory.append("kept")
+    await _succeed(life, "snapshot.create", "a", Take(kind=SnapshotKind.TEMPLATE, name="golden"))
+    await _succeed(life, "vm.purge", "a", VmDelete(purge=True, force=True))
+    await life.advance(60.0)
+    return ""
+
+
+async def _is_copied(rig: Rig) -> None:
+    await _is(S.RUNNING, "b")(rig)
+    assert rig.world.process("b").memory == ["kept"]
 
 
 async def _trashed(life: Life) -> str:
@@ -316,6 +331,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario("schedule-create", "schedule.create", ScheduleCreate(label="nobody"), _stopped, _is_scheduled),
     Scenario("schedule-delete", "schedule.delete", NoParams(), _scheduled, _is_unscheduled, restores=False),
+    Scenario("run-template", "vm.create", VmCreate(name="b", image="golden", start=True), _template, _is_copied),
     Scenario("image-make", "image.make", ImageMake(DebianRecipe()), _nothing, _has_image),
     Scenario("image-make-again", "image.make", ImageMake(MicroRecipe()), _stopped, _has_verified),
     Scenario("image-delete", "image.delete", NoParams(), _image, _has_no_image, restores=False),
