@@ -27,26 +27,28 @@ GONE = "gone"
 
 @dataclass(frozen=True)
 class Scenario:
-    """``prepare`` sets the world up and returns the target. ``check`` looks at a success.
+    """``prepare`` sets the world up and returns the target. ``check`` looks at a success. ``params`` may depend on
+    what there is by then.
 
     ``restores``: a request that fails or is cancelled leaves everything as it was. Otherwise the VM may then be in
-    one of the states ``otherwise``.
+    one of the states ``otherwise``. ``until``: everything is restored only as long as that step has not begun.
     """
 
     name: str
     verb: str
-    params: msgspec.Struct | Callable[[str], msgspec.Struct]
+    params: msgspec.Struct | Callable[[Life], Awaitable[msgspec.Struct]]
     prepare: Callable[[Life], Awaitable[str]]
     check: Callable[[Rig], Awaitable[None]]
     restores: bool = True
     otherwise: frozenset[VmState] = field(default_factory=frozenset)
+    until: str = ""
 
     def __str__(self) -> str:
         return self.name
 
-    def asks(self, target: str) -> msgspec.Struct:
-        """What is asked of the target that ``prepare`` returned."""
-        return self.params(target) if callable(self.params) else self.params
+    async def asks(self, life: Life) -> msgspec.Struct:
+        """What is asked, now that it is prepared."""
+        return self.params if isinstance(self.params, msgspec.Struct) else await self.params(life)
 
 
 async def _image(life: Life) -> str:
@@ -55,7 +57,7 @@ async def _image(life: Life) -> str:
     return "micro"
 
 
-async def _succeed(life: Life, verb: str, target: str, params: msgspec.Struct) -> None:
+async def done(life: Life, verb: str, target: str, params: msgspec.Struct) -> None:
     operation = await life.run(verb, target, params)
     assert operation.state is OperationState.SUCCEEDED, operation.problem
 
@@ -67,7 +69,7 @@ async def _nothing(life: Life) -> str:
 
 async def _stopped(life: Life) -> str:
     await _image(life)
-    await _succeed(life, "vm.create", "", VmCreate(name="a", image="micro", disks=(DISK,)))
+    await done(life, "vm.create", "", VmCreate(name="a", image="micro", disks=(DISK,)))
     return "a"
 
 
@@ -75,7 +77,7 @@ async def _running(life: Life) -> str:
     if not life.rig.world.behaviours:
         life.rig.world.behave("a", Behaviour(agent_after_s=0.2))
     await _stopped(life)
-    await _succeed(life, "vm.start", "a", VmStart())
+    await done(life, "vm.start", "a", VmStart())
     await life.advance(1.0)
     return "a"
 
@@ -87,14 +89,14 @@ async def _deaf(life: Life) -> str:
 
 async def _paused(life: Life) -> str:
     await _running(life)
-    await _succeed(life, "vm.pause", "a", NoParams())
+    await done(life, "vm.pause", "a", NoParams())
     return "a"
 
 
 async def _suspended(life: Life) -> str:
     await _running(life)
     life.rig.world.process("a").memory.append("kept")
-    await _succeed(life, "vm.suspend", "a", NoParams())
+    await done(life, "vm.suspend", "a", NoParams())
     return "a"
 
 
@@ -119,14 +121,14 @@ async def _broken(life: Life) -> str:
     await _stopped(life)
     vm_id = next(iter(await life.records.vms.scan()))
     life.rig.world.write(vm_id, "data", "good")
-    await _succeed(life, "snapshot.create", "a", Take(name="good"))
+    await done(life, "snapshot.create", "a", Take(name="good"))
     life.rig.world.write(vm_id, "data", "lost")
     life.rig.world.storage.there[life.rig.world.volumes[vm_id]["data"].path].damage = "a flipped bit"
     return "a"
 
 
 async def _went_back(rig: Rig) -> None:
-    _, vm_id = await _vm(rig, "a")
+    _, vm_id = await vm_called(rig, "a")
     await _is(S.RUNNING)(rig)
     assert rig.world.content(vm_id, "data") == ("good",)
     kept = next(r.value for r in (await rig.records.snapshots.scan()).values() if r.value.name == "damaged-1")
@@ -149,18 +151,18 @@ async def _is_copied(rig: Rig) -> None:
 
 async def _trashed(life: Life) -> str:
     await _stopped(life)
-    await _succeed(life, "vm.delete", "a", VmDelete())
+    await done(life, "vm.delete", "a", VmDelete())
     return "a"
 
 
 async def _trashed_and_taken(life: Life) -> str:
     await _trashed(life)
     vm_id = next(iter(await life.records.vms.scan()))
-    await _succeed(life, "vm.create", "", VmCreate(name="a", image="micro"))
+    await done(life, "vm.create", "", VmCreate(name="a", image="micro"))
     return vm_id
 
 
-async def _vm(rig: Rig, name: str) -> tuple[VmState, str]:
+async def vm_called(rig: Rig, name: str) -> tuple[VmState, str]:
     for id_, row in (await rig.records.vms.scan()).items():
         if row.value.name == name:
             return (await rig.records.statuses.need(id_)).value.observed.state, id_
@@ -169,7 +171,7 @@ async def _vm(rig: Rig, name: str) -> tuple[VmState, str]:
 
 def _is(state: VmState, name: str = "a") -> Callable[[Rig], Awaitable[None]]:
     async def check(rig: Rig) -> None:
-        seen, vm_id = await _vm(rig, name)
+        seen, vm_id = await vm_called(rig, name)
         assert seen is state
         if state is S.RUNNING:
             assert rig.world.processes[vm_id].run is RunState.RUNNING
@@ -211,8 +213,16 @@ async def _is_unscheduled(rig: Rig) -> None:
     assert await rig.records.schedules.scan() == {}
 
 
+async def _linked(life: Life) -> VmCreate:
+    return VmCreate(name="b", snapshot=next(iter(await life.records.snapshots.scan())))
+
+
+async def _full(life: Life) -> VmCreate:
+    return msgspec.structs.replace(await _linked(life), full=True)
+
+
 async def _is_linked(rig: Rig) -> None:
-    state, vm_id = await _vm(rig, "b")
+    state, vm_id = await vm_called(rig, "b")
     volume = rig.world.volumes[vm_id]["data"]
     assert state is S.STOPPED
     assert volume.backing
@@ -220,7 +230,7 @@ async def _is_linked(rig: Rig) -> None:
 
 
 async def _is_free(rig: Rig) -> None:
-    state, vm_id = await _vm(rig, "b")
+    state, vm_id = await vm_called(rig, "b")
     volume = rig.world.volumes[vm_id]["data"]
     assert state is S.STOPPED
     assert not volume.backing
@@ -229,7 +239,7 @@ async def _is_free(rig: Rig) -> None:
 
 
 async def _is_set(rig: Rig) -> None:
-    state, vm_id = await _vm(rig, "b")
+    state, vm_id = await vm_called(rig, "b")
     vm = (await rig.records.vms.need(vm_id)).value
     assert (vm.spec.memory, vm.spec.cpu_limit, vm.labels) == (512 * MIB, 0.5, {"x": "y"})
     if state is S.RUNNING:
@@ -269,8 +279,8 @@ SCENARIOS: tuple[Scenario, ...] = (
         _nothing,
         _is(S.RUNNING),
     ),
-    Scenario("clone-linked", "vm.create", lambda id_: VmCreate(name="b", snapshot=id_), _moment, _is_linked),
-    Scenario("clone-full", "vm.create", lambda id_: VmCreate(name="b", snapshot=id_, full=True), _moment, _is_free),
+    Scenario("clone-linked", "vm.create", _linked, _moment, _is_linked),
+    Scenario("clone-full", "vm.create", _full, _moment, _is_free),
     Scenario("start", "vm.start", VmStart(), _stopped, _is(S.RUNNING)),
     Scenario("start-paused", "vm.start", VmStart(paused=True), _stopped, _is(S.PAUSED)),
     Scenario(

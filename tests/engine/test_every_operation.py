@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
 from mica.engine.actor import LOOK_S
@@ -21,21 +22,30 @@ from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation, OperationState, StepEvent
 from mica.testing.harness import BY, Hooks, Life, Rig, instrument
 from mica.testing.store_faults import Crash, Fault, When, conflict, io_error
-from tests.engine.scenarios import SCENARIOS, Scenario
+from tests.engine import scenarios
+from tests.engine.scenarios import Scenario
+from tests.engine.snapshot_scenarios import SNAPSHOT_SCENARIOS
 
+SCENARIOS = (*scenarios.SCENARIOS, *SNAPSHOT_SCENARIOS)
 every = pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 
 # By then every loop that corrects something has come round.
 CURED_S = 40.0
 
+# How much of what is long is enough.
+LONG, DEATHS, FEW, CALLS = 6, 6, 6, 12
+
+T = TypeVar("T")
 FAULT = MicaError(Code.COMMAND_FAILED, "the test wanted it")
 
 
 class Run:
     """One run of a scenario: prepared, and asked for in a life of its own."""
 
-    def __init__(self, scenario: Scenario, rig: Rig, target: str, before: dict[str, Any]) -> None:
-        self.scenario, self.rig, self.target, self.before = scenario, rig, target, before
+    def __init__(
+        self, scenario: Scenario, rig: Rig, target: str, params: msgspec.Struct, before: dict[str, Any]
+    ) -> None:
+        self.scenario, self.rig, self.target, self.params, self.before = scenario, rig, target, params, before
         self.operation_id = ""
         self.life_now: Life | None = None
         self.known: set[str] = set()
@@ -48,7 +58,7 @@ class Run:
             yield life
 
     async def submit(self, life: Life) -> None:
-        operation = await life.submit(self.scenario.verb, self.target, self.scenario.asks(self.target))
+        operation = await life.submit(self.scenario.verb, self.target, self.params)
         self.operation_id = operation.id
 
     async def operation(self) -> Operation | None:
@@ -65,13 +75,14 @@ class Run:
         """Nothing lies, nothing is left over, and the operation has ended in one of ``states``."""
         operation = await self.operation()
         assert await self.rig.lies() == [], (where, operation)
+        assert await self.rig.litter() == [], (where, operation)
         if operation is None:
             assert await self.rig.snapshot() == self.before, where
             return None
         assert operation.state in states, (where, operation)
         if operation.state is OperationState.SUCCEEDED:
             await self.scenario.check(self.rig)
-        elif self.scenario.restores:
+        elif self.scenario.restores and not any(e.step == self.scenario.until for e in operation.journal):
             assert await self.rig.snapshot() == self.before, (where, operation)
         elif self.scenario.otherwise:
             seen = {r.value.observed.state for r in (await self.rig.records.statuses.scan()).values()}
@@ -85,15 +96,37 @@ async def prepared(scenario: Scenario) -> AsyncIterator[Run]:
         async with rig.life() as life:
             target = await scenario.prepare(life)
             await life.advance(0.5)
-        assert await rig.lies() == []
-        run = Run(scenario, rig, target, await rig.snapshot())
+            params = await scenario.asks(life)
+        assert [*await rig.lies(), *await rig.litter()] == []
+        run = Run(scenario, rig, target, params, await rig.snapshot())
         run.known = set(await rig.records.operations.scan())
         rig.world.faults.clear()
         yield run
 
 
+_clean: dict[str, tuple[list[str], int, list[str]]] = {}
+
+
 async def clean_run(scenario: Scenario) -> tuple[list[str], int, list[str]]:
     """The steps in their order, the number of commits, and the calls of ports, of a run without trouble."""
+    if scenario.name not in _clean:
+        _clean[scenario.name] = await _run_clean(scenario)
+    return _clean[scenario.name]
+
+
+def thinned(places: list[T], most: int) -> list[T]:
+    """At most so many of the places, evenly: what is long is not hit everywhere by what is dear."""
+    return places if len(places) <= most else [places[i * len(places) // most] for i in range(most)]
+
+
+def pairs(steps: list[str]) -> list[tuple[str, str]]:
+    """A step that fails, and one whose undo does. Of long sagas those that fail there, and at the end."""
+    if len(steps) <= LONG:
+        return [(failing, undone) for n, failing in enumerate(steps, 1) for undone in steps[:n]]
+    return sorted({(step, step) for step in steps} | {(steps[-1], step) for step in steps})
+
+
+async def _run_clean(scenario: Scenario) -> tuple[list[str], int, list[str]]:
     async with prepared(scenario) as run:
         async with run.life() as life:
             await run.submit(life)
@@ -108,7 +141,7 @@ async def clean_run(scenario: Scenario) -> tuple[list[str], int, list[str]]:
 @every
 async def test_every_step_tells_a_reader_what_it_does(scenario: Scenario) -> None:
     async with prepared(scenario) as run, run.life() as life:
-        operation = await life.submit(scenario.verb, run.target, scenario.asks(run.target))
+        operation = await life.submit(scenario.verb, run.target, run.params)
         steps = DEFINITIONS[scenario.verb].steps(operation)
         assert [step.name for step in steps if " " not in step.words] == [], "Step(…, words='making its disks')"
         await life.finish(operation.id)
@@ -198,9 +231,9 @@ async def test_the_daemon_dies_at_every_commit(scenario: Scenario, when: When) -
 @every
 async def test_the_daemon_dies_again_while_it_recovers(scenario: Scenario) -> None:
     _, commits, _ = await clean_run(scenario)
-    # Every second commit for the first death, every one for the second: all places, half of the pairs.
-    for n in range(1, commits + 1, 2):
-        for second in range(1, 2 * commits):
+    # Every second commit for the first death, every one for the second, of long ones fewer: all places in between.
+    for n in thinned(list(range(1, commits + 1, 2)), DEATHS):
+        for second in range(1, 2 * commits, 1 + commits // FEW):
             async with prepared(scenario) as run:
                 async with run.life([Fault(n, When.AFTER)]) as life:
                     await run.submit(life)
@@ -216,10 +249,9 @@ async def test_the_daemon_dies_again_while_it_recovers(scenario: Scenario) -> No
 @every
 async def test_an_undo_fails(scenario: Scenario) -> None:
     steps, _, _ = await clean_run(scenario)
-    for failing in steps:
-        for undone in steps[: steps.index(failing) + 1]:
-            for how in ("retry", "accept"):
-                await _undo_fails(scenario, failing, undone, how)
+    for failing, undone in pairs(steps):
+        for how in ("retry", "accept"):
+            await _undo_fails(scenario, failing, undone, how)
 
 
 async def _undo_fails(scenario: Scenario, failing: str, undone: str, how: str) -> None:
@@ -237,6 +269,7 @@ async def _undo_fails(scenario: Scenario, failing: str, undone: str, how: str) -
             ended = await life.finish(stuck.id)
             if how == "accept":
                 await life.advance(CURED_S)
+                await life.reap()
         if how == "retry":
             await run.check(where, OperationState.FAILED)
         else:
@@ -247,16 +280,15 @@ async def _undo_fails(scenario: Scenario, failing: str, undone: str, how: str) -
 @every
 async def test_an_undo_is_repeated(scenario: Scenario) -> None:
     steps, _, _ = await clean_run(scenario)
-    for failing in steps:
-        for undone in steps[: steps.index(failing) + 1]:
-            async with prepared(scenario) as run:
-                hooks = Hooks(after_do=at(failing, fail), after_undo=at(undone, dying(run)))
-                async with run.life(hooks=hooks) as life:
-                    await run.submit(life)
-                    await life.finish(run.operation_id)
-                if run.rig.crashes:
-                    await run.recover()
-                await run.check(f"{failing} fails; undo of {undone} is repeated", OperationState.FAILED)
+    for failing, undone in pairs(steps):
+        async with prepared(scenario) as run:
+            hooks = Hooks(after_do=at(failing, fail), after_undo=at(undone, dying(run)))
+            async with run.life(hooks=hooks) as life:
+                await run.submit(life)
+                await life.finish(run.operation_id)
+            if run.rig.crashes:
+                await run.recover()
+            await run.check(f"{failing} fails; undo of {undone} is repeated", OperationState.FAILED)
 
 
 @every
@@ -306,7 +338,7 @@ async def test_qemu_dies(scenario: Scenario) -> None:
                     await run.submit(life)
                     operation = await life.finish(run.operation_id)
                 where = f"QEMU dies {kind} {step}"
-                assert await run.rig.lies() == [], (where, operation)
+                assert [*await run.rig.lies(), *await run.rig.litter()] == [], (where, operation)
                 assert operation.state in (OperationState.FAILED, OperationState.SUCCEEDED), (where, operation)
                 assert operation.problem is None or operation.problem.code is not Code.INTERNAL, (where, operation)
 
@@ -315,7 +347,7 @@ async def test_qemu_dies(scenario: Scenario) -> None:
 @pytest.mark.parametrize("error", [FAULT, OSError(5, "Input/output error")], ids=["refuses", "breaks"])
 async def test_a_port_fails_once(scenario: Scenario, error: Exception) -> None:
     _, _, calls = await clean_run(scenario)
-    for n in range(1, len(calls) + 1):
+    for n in thinned(list(range(1, len(calls) + 1)), 2 * CALLS):
         async with prepared(scenario) as run:
             run.rig.world.faults.fail("*", error, call=n)
             async with run.life() as life:
@@ -329,10 +361,23 @@ async def test_a_port_fails_once(scenario: Scenario, error: Exception) -> None:
             await run.check(f"call {n}, {calls[n - 1]}, fails", *ended)
 
 
+async def _until_somebody_cancels(life: Life, run: Run) -> None:
+    """Steps that may take hours end when somebody wants that; all others end by themselves before."""
+    for _ in range(4):
+        operation = await run.operation()
+        if operation is None or operation.state.ended:
+            return
+        await life.advance(LOOK_S / 2)
+    try:
+        await life.engine.cancel(run.operation_id, by=BY)
+    except MicaError as error:
+        assert error.code is Code.STATE_CONFLICT, error  # noqa: PT017
+
+
 @every
 async def test_a_port_hangs(scenario: Scenario) -> None:
     _, _, calls = await clean_run(scenario)
-    for n, method in enumerate(calls, 1):
+    for n, method in thinned(list(enumerate(calls, 1)), CALLS):
         async with prepared(scenario) as run:
             async with run.life() as life:
                 run.rig.world.faults.hang("*", call=n)
@@ -341,9 +386,10 @@ async def test_a_port_hangs(scenario: Scenario) -> None:
                         await run.submit(life)
                 except TimeoutError:
                     continue  # while a request is judged nothing has been written: whoever asked may give up
+                await _until_somebody_cancels(life, run)
                 await life.rest()
                 await life.advance(LOOK_S + CURED_S)
-            ended = (OperationState.FAILED, OperationState.SUCCEEDED)
+            ended = (OperationState.FAILED, OperationState.SUCCEEDED, OperationState.CANCELLED)
             await run.check(f"call {n}, {method}, hangs", *ended)
 
 

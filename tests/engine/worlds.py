@@ -25,7 +25,8 @@ async def living(policy: Policy | None = None, **world: Any) -> AsyncIterator[Li
             await life.advance(0.1)
             yield life
             await life.rest()
-        assert await rig.lies() == []
+        found = await rig.lies()
+        assert found == [], found
         kept = await rig.records.operations.scan()
         told = [o for o in rig.ended if o.id in kept]
         assert {o.id: o for o in told} == {i: r.value for i, r in kept.items() if r.value.state.ended}

@@ -137,6 +137,7 @@ class Draft:
     def delete(self, table: Table[T], id_: str, generation: int | None = None) -> None:
         if generation is not None:
             self._expect[table.key(id_)] = generation
+        self._put.pop(table.key(id_), None)
         self._delete.append(table.key(id_))
 
     @property

@@ -51,7 +51,7 @@ def claim_of(records: Records, snapshot: Snapshot) -> tuple[Table[Claim], str]:
 
 
 def draft_forget(records: Records, draft: Draft, row: Versioned[Snapshot]) -> None:
-    """Delete a snapshot's row and the claim on its name, as a part of ``draft``."""
+    """Delete the row of a snapshot that nothing descends from, and the claim on its name, as a part of ``draft``."""
     table, key = claim_of(records, row.value)
     draft.delete(table, key)
     draft.delete(records.snapshots, row.value.id, row.generation)
@@ -167,8 +167,6 @@ async def sweep(env: Env) -> str:
     Says what it did. A file without a row is removed too; a row is always written before its file.
     """
     present = await env.parts.present()
-    operations = [row.value for row in (await env.records.operations.scan()).values() if not row.value.state.ended]
-    taking = any(o.verb in ("snapshot.create", "vm.suspend") for o in operations)
     removed = 0
 
     async def write(draft: Draft) -> None:
@@ -184,8 +182,7 @@ async def sweep(env: Env) -> str:
             if id_ not in still and part.value.merging is None:
                 draft.delete(env.records.parts, id_, part.generation)
 
-    if not taking:  # parts of a snapshot that is being taken may have rows already and nothing that needs them
-        await env.records.transact(write)
+    await env.records.transact(write)
     rows = set(await env.records.parts.scan())
     for id_ in sorted(present - rows):
         await env.parts.remove(id_)
@@ -215,16 +212,40 @@ async def cool(env: Env, keep: int) -> None:
             env.ram.release(ram_id)
 
 
-async def forget_fork_points(env: Env) -> None:
-    """The moment at which forks began is of no more use once they have all begun."""
+async def draft_remove(env: Env, draft: Draft, gone: dict[str, Versioned[Snapshot]]) -> None:
+    """Delete snapshots as a part of ``draft``. What descends from them descends from what they descended from.
+
+    Rows of VMs that ``draft`` deletes too must have been deleted in it afterwards.
+    """
+
+    def heir(id_: str) -> str:
+        while id_ in gone:
+            id_ = gone[id_].value.parent
+        return id_
+
+    for id_, other in (await env.records.snapshots.scan()).items():
+        if id_ not in gone and other.value.parent in gone:
+            moved = replace(other.value, parent=heir(other.value.parent))
+            draft.put(env.records.snapshots, id_, moved, other.generation)
+    for vm in (await env.records.vms.scan()).values():
+        if vm.value.snapshot in gone:
+            moved_vm = replace(vm.value, snapshot=heir(vm.value.snapshot))
+            draft.put(env.records.vms, vm.value.id, moved_vm, vm.generation)
+    for row in gone.values():
+        draft_forget(env.records, draft, row)
+
+
+async def forget_passing(env: Env) -> None:
+    """The moment at which forks began is of no more use once they have all begun. What is not complete and is not
+    being taken any more never will be: an operator has accepted that something was left of it."""
     for id_, row in (await env.records.snapshots.scan()).items():
         snapshot = row.value
-        if snapshot.kind is not SnapshotKind.FORK or snapshot.state in (SnapshotState.TAKING, SnapshotState.FROZEN):
+        if snapshot.kind is not SnapshotKind.FORK and snapshot.state is SnapshotState.COMPLETE:
             continue
         if await in_use(env, id_) is not None:
             continue
         draft = Draft()
-        draft_forget(env.records, draft, row)
+        await draft_remove(env, draft, {id_: row})
         try:
             await env.records.commit(draft)
         except Conflict:

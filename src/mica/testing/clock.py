@@ -85,3 +85,10 @@ class VirtualClock:
 async def _turns() -> None:
     for _ in range(_TURNS):
         await asyncio.sleep(0)
+        if idle():
+            return
+
+
+def idle() -> bool:
+    """Whether nobody but the present task could go on now, as far as the event loop can be asked."""
+    return not getattr(asyncio.get_running_loop(), "_ready", (True,))

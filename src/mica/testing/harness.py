@@ -29,9 +29,10 @@ from mica.engine.records import Records
 from mica.engine.registry import DEFINITIONS
 from mica.model.operation import Actor, Operation, OperationState
 from mica.store.memory import MemoryStore
-from mica.testing.clock import VirtualClock
+from mica.testing.clock import VirtualClock, idle
 from mica.testing.simulated import SimulatedHost, simulated_ports
 from mica.testing.simulated_truth import lies
+from mica.testing.snapshot_truth import litter
 from mica.testing.store_faults import Crash, Fault, FaultyStore
 
 BY = Actor("tester", "test")
@@ -100,12 +101,22 @@ class Life:
         calm, seen = 0, -1
         while calm < _QUIET_TURNS:
             await asyncio.sleep(0)
+            if idle():
+                return
             now = self.store.calls + self.rig.world.faults.calls.total()
             calm, seen = (calm + 1, seen) if now == seen else (0, now)
 
     async def advance(self, seconds: float) -> None:
         await self.quiet()
         await self.rig.clock.advance(seconds)
+        await self.quiet()
+
+    async def reap(self) -> None:
+        """The reaper of parts comes round now."""
+        await self.quiet()
+        for loop in self.engine.loops:
+            if loop.name == "parts":
+                await loop.once()
         await self.quiet()
 
 
@@ -162,6 +173,13 @@ class Rig:
     async def lies(self, *, stuck: bool = False, leftovers: bool = False) -> list[str]:
         return await lies(self.world, self.records, stuck=stuck, leftovers=leftovers)
 
+    async def litter(self) -> list[str]:
+        """What is there for nobody although the reaper has just come round, in words."""
+        if await litter(self.world, self.records):
+            async with self.life() as life:
+                await life.reap()
+        return await litter(self.world, self.records)
+
     async def snapshot(self) -> dict[str, Any]:
         """World and store as far as a request that comes to nothing must leave them as they were."""
         records = self.records
@@ -176,6 +194,8 @@ class Rig:
             "slots": {i: r.value.holder for i, r in (await records.slots.scan()).items()},
             "image rows": {i: (r.value.image, r.value.damaged) for i, r in (await records.images.scan()).items()},
             "schedules": {i: r.value.keep for i, r in (await records.schedules.scan()).items()},
+            "snapshots": {i: r.value for i, r in (await records.snapshots.scan()).items()},
+            "part rows": sorted(await records.parts.scan()),
             "promises": (await records.read_ledger()).value.reserved,
         }
 

@@ -23,11 +23,20 @@ SCRATCH: Final = Path("/simulated/scratch")
 _NONE: Final = Bytes(0)
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What a machine had in memory and on its disks when its state was captured."""
+
+    memory: tuple[str, ...]
+    disks: dict[str, tuple[str, ...]]
+
+
 @dataclass(eq=False)
 class SimulatedFile:
     """``below`` are the files that it is a layer over, nearest first. ``damage`` is what a test has done to it.
 
-    ``allocated`` is what it takes of the host's disk, which is free again once it is gone.
+    ``allocated`` is what it takes of the host's disk, which is free again once it is gone. ``moment`` is known of the
+    state of devices, and of nothing else: every machine that begins there must find it as it was.
     """
 
     tokens: list[str] = field(default_factory=list)
@@ -37,6 +46,7 @@ class SimulatedFile:
     read_only: bool = False
     damage: str = ""
     allocated: int = 0
+    moment: Moment | None = None
 
     def write(self, token: str) -> None:
         """Raises :class:`AssertionError` when it is a part: no machine may ever write to one."""

@@ -68,6 +68,7 @@ class SimulatedMachine:
             world, own = self.process.world, self.process.plan.origin is None
             # A guest's file systems are as frozen in its copies as in itself.
             world.storage.put(into / "devices", ["devices", *(["frozen"] if self.process.frozen else [])])
+            world.storage.there[into / "devices"].moment = self.process.moment()
             if own:
                 return Captured(devices=into / "devices", build=world.build)
             world.storage.put(into / "changes", self.process.memory)
@@ -92,6 +93,7 @@ class SimulatedMachine:
                 raise MicaError(Code.CORRUPT, f"there is no state at {origin.devices}")
             source = there[origin.changes].tokens if origin.changes else world.ram_images[origin.ram]
             process.memory = list(source)
+            process.due = there[origin.devices].moment
             process.frozen = "frozen" in there[origin.devices].tokens
             process.run, process.waits, process.agent = RunState.PAUSED, False, AgentState.READY
 
@@ -134,9 +136,14 @@ class SimulatedRamImages:
         self._world = world
         self._faults = world.faults
         self._held: dict[str, None] = {}
+        # Memory that no machine has went with the daemon that held it.
+        for ram_id in [id_ for id_ in world.ram_images if not world.mapped(id_)]:
+            del world.ram_images[ram_id]
 
     async def hold(self, runtime: VmRuntime, ram_id: str) -> None:
         async with self._faults.around("ram.hold"):
+            if ram_id in self._held:
+                return
             process = next((p for p in self._world.living() if p.ref == runtime.process), None)
             if process is None:
                 raise MicaError(Code.QEMU_FAILED, "the machine ended before its memory could be kept")
@@ -144,10 +151,12 @@ class SimulatedRamImages:
             self._held[ram_id] = None
 
     def learn(self, ram_id: str) -> None:
-        self._held[ram_id] = None
+        if ram_id in self._world.ram_images:
+            self._held[ram_id] = None
 
     def need(self, origin: Origin) -> None:
-        if origin.ram not in self._world.ram_images:
+        """As a memfd is found: held by this daemon, or read from the file."""
+        if origin.ram not in self._held:
             if origin.ram_file not in self._world.storage.there:
                 raise not_found("RAM image", origin.ram)
             self._world.ram_images[origin.ram] = list(self._world.storage.there[origin.ram_file].tokens)
@@ -166,7 +175,7 @@ class SimulatedRamImages:
 
     def release(self, ram_id: str) -> None:
         self._held.pop(ram_id, None)
-        if not any(p.plan.origin and p.plan.origin.ram == ram_id for p in self._world.living()):
+        if not self._world.mapped(ram_id):
             self._world.ram_images.pop(ram_id, None)
 
 

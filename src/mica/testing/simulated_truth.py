@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping
 
 from mica.engine.records import Claim, Records, Reservation, Versioned
 from mica.model.operation import OperationState
-from mica.model.snapshot import PartKind, SnapshotState
+from mica.model.snapshot import Part, SnapshotState
 from mica.model.vm import AgentState, Vm, VmState, VmStatus
 from mica.ports.hypervisor import RunState
 from mica.testing.simulated_files import PARTS
 from mica.testing.simulated_world import SimulatedHost, SimulatedProcess
+from mica.testing.snapshot_truth import snapshot_lies
 
 UP = frozenset({VmState.RUNNING, VmState.PAUSED})
 SETTLED = UP | {VmState.STOPPED, VmState.SUSPENDED, VmState.CRASHED, VmState.TRASHED}
@@ -42,6 +43,7 @@ async def lies(world: SimulatedHost, records: Records, *, stuck: bool = False, l
     if not leftovers:
         found += _left_over(world, vms, statuses, live)
     found += await _snapshots(world, records, vms, leftovers=leftovers)
+    found += await snapshot_lies(world, records, leftovers=leftovers)
     rows = await records.images.scan()
     whole = {digest for digest, row in rows.items() if not row.value.damaged}
     found += [f"image {digest[:20]} has a row and no files" for digest in whole - world.images.keys()]
@@ -66,12 +68,7 @@ def parts(world: SimulatedHost, known: Collection[str]) -> list[str]:
 
 async def _snapshots(world: SimulatedHost, records: Records, vms: Mapping[str, Vm], *, leftovers: bool) -> list[str]:
     rows = {id_: row.value for id_, row in (await records.parts.scan()).items()}
-    there = world.storage.parts
-    # What is of a machine's memory may never be written to disk; a row that nothing needs goes when the reaper comes.
-    layers = {id_ for id_, part in rows.items() if part.digest or part.kind in (PartKind.DISK, PartKind.NVRAM)}
-    found = parts(world, layers | (rows.keys() & there.keys()))
-    if leftovers:
-        found = [lie for lie in found if not lie.endswith("of nobody")]
+    found = []
     for snapshot in (await records.snapshots.scan()).values():
         missing = set(snapshot.value.parts) - rows.keys()
         found += [f"snapshot {snapshot.value.name} has parts {sorted(missing)}, which have no row"] if missing else []
@@ -83,9 +80,17 @@ async def _snapshots(world: SimulatedHost, records: Records, vms: Mapping[str, V
         disks = world.volumes.get(vm.id, {}).items()
         lies_over = {name: v.backing[0].name for name, v in disks if v.backing and v.backing[0].parent == PARTS}
         # What an operator has accepted as not fully made may keep more than it needs, never less.
-        if lies_over != vm.layers and not (leftovers and lies_over.items() <= vm.layers.items()):
+        kept = all(_lies_below(rows, vm.layers.get(name, ""), part) for name, part in lies_over.items())
+        if lies_over != vm.layers and not (leftovers and kept):
             found.append(f"the disks of VM {vm.name} lie over {lies_over}, not over {vm.layers}")
     return found
+
+
+def _lies_below(rows: Mapping[str, Part], id_: str, wanted: str) -> bool:
+    """Whether ``wanted`` is that part, or a part below it."""
+    while id_ != wanted and id_ in rows:
+        id_ = rows[id_].base
+    return id_ == wanted
 
 
 async def _operations(records: Records, *, stuck: bool) -> list[str]:

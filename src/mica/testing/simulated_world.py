@@ -20,7 +20,7 @@ from mica.ports.hypervisor import EventKind, Exit, LaunchPlan, MachineEvent, Run
 from mica.ports.slices import SliceLimits
 from mica.ports.volumes import Volume
 from mica.testing.simulated_faults import Faults
-from mica.testing.simulated_files import SimulatedFiles
+from mica.testing.simulated_files import Moment, SimulatedFiles
 
 # An event only means "look again", so of very many the oldest may go.
 _EVENTS_KEPT = 256
@@ -33,7 +33,8 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     not lost. ``obeys_after_s``: it has powered off, counted from the first request that it heard.
     ``power_off_after_s``: it powers off by itself. ``killed_after_s``: its QEMU is killed. ``cpu`` is its use of
     processors, ``touched`` the share of its RAM that it has written to, ``changes`` bytes of it since
-    it became a private child.
+    it became a private child. ``writes``: each time its vCPUs are let go it writes a word of its own to its memory and
+    to each disk.
     """
 
     agent_after_s: float | None = 1.0
@@ -44,6 +45,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     cpu: float = 0.02
     touched: float = 0.5
     changes: int = MIB
+    writes: bool = False
 
 
 class SimulatedProcess:
@@ -64,6 +66,8 @@ class SimulatedProcess:
         self.waits = plan.origin is not None
         self.joined = plan.origin is None
         self.memory: list[str] = []
+        # What it must find when its vCPUs are let go for the first time: that of the state that it was brought to.
+        self.due: Moment | None = None
         self.frozen = False
         # The files that it has open.
         self.disks = {volume.name: volume.path for volume in plan.volumes}
@@ -89,8 +93,39 @@ class SimulatedProcess:
         for feed in self._listeners:
             feed.put(MachineEvent(kind, detail))
 
+    def moment(self) -> Moment:
+        """What it has in memory and on its disks now. Raises :class:`KeyError` when a part below a disk is gone."""
+        return Moment(tuple(self.memory), {name: self.world.storage.read(path) for name, path in self.disks.items()})
+
+    def _check_due(self) -> None:
+        try:
+            found = self.moment()
+        except KeyError as gone:
+            self.world.violations.append(f"VM {self.plan.vm.name} runs on disks of which {gone} is gone")
+            return
+        if self.due is not None and found != self.due:
+            self.world.violations.append(f"VM {self.plan.vm.name} begins with {found}, not with {self.due}")
+        self.due = None
+
+    def write(self, token: str) -> None:
+        """The guest writes a word to its memory and to each disk that it may write to."""
+        self.memory.append(token)
+        read_only = {disk.name for disk in self.plan.vm.spec.disks if disk.read_only}
+        for name, path in self.disks.items():
+            if name in read_only:
+                continue
+            file = self.world.storage.there.get(path)
+            if file is None or file.read_only:
+                what = "that is gone" if file is None else "that never changes"
+                self.world.violations.append(f"VM {self.plan.vm.name} writes to {path}, a file {what}")
+            else:
+                file.write(token)
+
     def resume(self) -> None:
+        self._check_due()
         self.run, self.reason = RunState.RUNNING, ""
+        if self.behaviour.writes:
+            self.write(self.world.next_word(self.plan.vm.name))
         self._runs.set()
         self.tell(EventKind.RESUMED)
         if not self._booted:
@@ -210,6 +245,8 @@ class SimulatedHost:
         self.spares: dict[str, SimulatedProcess] = {}
         # Words in frozen memory: the very list of the machine whose memory it was, which may write until it ends.
         self.ram_images: dict[str, list[str]] = {}
+        # What no machine may ever do or find, and one did.
+        self.violations: list[str] = []
         self.remains: dict[str, tuple[ProcessRef, Exit]] = {}
         self.logs: set[str] = set()
         self.volumes: dict[str, dict[str, Volume]] = {}
@@ -225,6 +262,7 @@ class SimulatedHost:
         self.connections: set[str] = set()
         self.ports_told: list[bool] = []
         self._pids = 1000
+        self._words = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> SimulatedHost:
@@ -296,6 +334,14 @@ class SimulatedHost:
     def next_process(self) -> ProcessRef:
         self._pids += 1
         return ProcessRef(self._pids, self._pids * 100, self.boot_id())
+
+    def next_word(self, who: str) -> str:
+        self._words += 1
+        return f"{who}-{self._words}"
+
+    def mapped(self, ram_id: str) -> bool:
+        """Whether a machine lies over that image, by which it is found again."""
+        return any(p.plan.origin is not None and p.plan.origin.ram == ram_id for p in self.living())
 
     def ended(self, process: SimulatedProcess) -> None:
         """A process ended; where it was a VM's, its spare is now."""

@@ -6,7 +6,7 @@
 
 A machine whose RAM is its own (1) goes on as a private child of it: a second QEMU is started beside it, waiting, and
 takes over while the first one is paused. One that is such a child already stays where it is, and what it changed since
-is written down. From ``go on`` there is no way back, and none is needed: the machine is over its frozen parts.
+is written down. Once it went on there is no way back, and none is needed: the machine is over its frozen parts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mica.engine.operations.placing import snapshot_name
 from mica.engine.operations.quiescing import check_can_freeze
 from mica.engine.operations.starting import plan_launch
 from mica.engine.records import Claim, Draft
-from mica.engine.snapshots import claim_of, draft_forget, part_id, put_parts
+from mica.engine.snapshots import claim_of, draft_remove, part_id, put_parts
 from mica.model.errors import Code, MicaError
 from mica.model.image import Firmware
 from mica.model.snapshot import (
@@ -147,9 +147,8 @@ async def undo_record(context: Context) -> None:
 
     async def write(draft: Draft) -> None:
         row = await env.records.snapshots.get(id_)
-        if row is None:
-            return
-        draft_forget(env.records, draft, row)
+        if row is not None:
+            await draft_remove(env, draft, {id_: row})
 
     await env.records.transact(write)
     await env.parts.drop_scratch(id_)
@@ -262,7 +261,7 @@ async def write_rows(
 async def undo_freeze(context: Context) -> None:
     """Take the layers back, unless the machine may be writing to them by now."""
     env = context.env
-    if any(entry.step == "go-on" for entry in context.operation.journal):
+    if await _went_on(context):
         return
     await env.branches.unstage(context.vm_id)
     snapshot = await env.records.snapshots.get(_id(context))
@@ -330,9 +329,10 @@ async def _volumes(env: Env, vm: Vm, spec: VmSpec, staged: dict[str, Volume]) ->
 
 async def undo_spare(context: Context) -> None:
     """End the waiting machine, unless it is the VM's by now."""
-    runtime = (await _status(context)).runtime
-    if runtime is not None and not any(entry.step == "go-on" for entry in context.operation.journal):
-        await context.env.hypervisor.retire(context.vm_id, runtime.incarnation + 1)
+    runtime, second = (await _status(context)).runtime, _second(context)
+    if runtime is not None and context.output("look", Look).own and not await _went_on(context):
+        waiting = second.incarnation if second is not None else runtime.incarnation + 1
+        await context.env.hypervisor.retire(context.vm_id, waiting)
 
 
 async def hold(context: Context) -> Held | None:
@@ -370,7 +370,7 @@ async def _bring(env: Env, second: VmRuntime, captured: Captured) -> None:
 async def undo_hold(context: Context) -> None:
     """It was not the guest's wish to stand still. A machine that has ended needs nothing taken back."""
     env, found = context.env, context.output("look", Look)
-    if not found.running or any(entry.step == "go-on" for entry in context.operation.journal):
+    if not found.running:
         return
     try:
         machine = await env.machines.attach(context.vm_id)
@@ -379,6 +379,26 @@ async def undo_hold(context: Context) -> None:
     except MicaError:
         if not await env.machines.ended(context.vm_id):
             raise
+
+
+async def _went_on(context: Context) -> bool:
+    """Whether the machine may be over the new layers, or is another one by now."""
+    if not any(entry.step == "go-on" for entry in context.operation.journal):
+        return False
+    runtime, second = (await _status(context)).runtime, _second(context)
+    return second is None or (runtime is not None and runtime.incarnation == second.incarnation)
+
+
+async def undo_go_on(context: Context) -> None:
+    """What has begun is brought to its end: the new layers lie over all that was written, whoever wrote it."""
+    if not await _went_on(context):
+        return
+    try:
+        await go_on(context)
+    except MicaError:
+        if not await context.env.machines.ended(context.vm_id):
+            raise
+        await context.env.branches.take(context.vm_id)
 
 
 async def go_on(context: Context) -> float | None:
@@ -404,6 +424,9 @@ async def _swap(context: Context, second: VmRuntime) -> None:
     env, vm_id = context.env, context.vm_id
     runtime = (await _status(context)).runtime
     if runtime is not None and runtime.incarnation != second.incarnation:
+        if await env.hypervisor.attach(second) is None:
+            words = (await env.hypervisor.autopsy(second)).last_words
+            raise MicaError(Code.QEMU_FAILED, f"the machine that was to go on has ended: {words}", retryable=True)
         env.machines.detach(vm_id)
         await env.records.statuses.update(vm_id, lambda s: replace(s, runtime=second), durable=False)
     await env.hypervisor.retire(vm_id, second.incarnation - 1)
@@ -472,11 +495,17 @@ async def save(context: Context) -> None:
 
 
 async def finish(context: Context) -> None:
-    await context.env.parts.drop_scratch(_id(context))
-    id_ = _id(context)
-    snapshot = await context.env.records.snapshots.update(id_, lambda s: replace(s, state=SnapshotState.COMPLETE))
-    if snapshot.value.kind in HISTORY:
-        await context.env.records.vms.update(context.vm_id, lambda vm: replace(vm, snapshot=id_))
+    env, id_ = context.env, _id(context)
+    await env.parts.drop_scratch(id_)
+
+    async def write(draft: Draft) -> None:
+        row = await env.records.snapshots.need(id_)
+        draft.put(env.records.snapshots, id_, replace(row.value, state=SnapshotState.COMPLETE), row.generation)
+        if row.value.kind in HISTORY:
+            vm = await env.records.vms.need(context.vm_id)
+            draft.put(env.records.vms, context.vm_id, replace(vm.value, snapshot=id_), vm.generation)
+
+    await env.records.transact(write)
 
 
 def result(context: Context) -> dict[str, Any]:
@@ -499,11 +528,11 @@ STEPS = (
     Step("spare", spare, undo_spare, words="starting the machine that goes on"),
     Step("quiesce", quiescing.freeze, quiescing.undo_freeze, words="freezing the guest's file systems"),
     Step("hold", hold, undo_hold, cancellable=False, words="taking its state"),
-    Step("go-on", go_on, cancellable=False, words="letting it go on"),
+    Step("go-on", go_on, undo_go_on, cancellable=False, words="letting it go on"),
     Step("thaw", quiescing.thaw, cancellable=False, follows=True, words="thawing the guest's file systems"),
     Step("keep", keep, cancellable=False, follows=True, words="keeping its state"),
     Step("save", save, timeout_s=7200.0, words="writing it to disk"),
-    Step("finish", finish, cancellable=False, words="finishing"),
+    Step("finish", finish, cancellable=False, words="letting go of what it needed"),
 )
 
 DEFINITION = Definition(

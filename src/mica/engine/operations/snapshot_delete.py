@@ -10,7 +10,7 @@ from mica.engine.damage import check, closure, read_parts
 from mica.engine.definition import Context, Definition, Env, NoParams, Proposal, Step
 from mica.engine.operations.placing import check_template_name
 from mica.engine.records import Claim, Draft, Versioned
-from mica.engine.snapshots import claim_of, draft_forget, in_use, sweep, word
+from mica.engine.snapshots import claim_of, draft_remove, in_use, sweep, word
 from mica.model.errors import Code, MicaError
 from mica.model.snapshot import HISTORY, Part, Snapshot, SnapshotKind, SnapshotState
 from mica.model.views import SnapshotSet
@@ -92,7 +92,7 @@ async def _check_last_good(proposal: Proposal, snapshot: Snapshot) -> None:
 
 
 async def forget(context: Context) -> None:
-    """The row goes; what descends from it descends from its parent. The parts go when nothing needs them."""
+    """The row goes. The parts go when nothing needs them."""
     env, id_ = context.env, context.operation.target.partition("/")[2]
 
     async def write(draft: Draft) -> None:
@@ -101,15 +101,7 @@ async def forget(context: Context) -> None:
             return
         if (user := await in_use(env, id_)) is not None:
             raise MicaError(Code.IN_USE, f"the snapshot is needed by {user.verb} {user.id[:8]}", retryable=True)
-        for other in (await env.records.snapshots.scan()).values():
-            if other.value.parent == id_:
-                moved = replace(other.value, parent=row.value.parent)
-                draft.put(env.records.snapshots, other.value.id, moved, other.generation)
-        for vm in (await env.records.vms.scan()).values():
-            if vm.value.snapshot == id_:
-                moved_vm = replace(vm.value, snapshot=row.value.parent if vm.value.id == row.value.vm_id else "")
-                draft.put(env.records.vms, vm.value.id, moved_vm, vm.generation)
-        draft_forget(env.records, draft, row)
+        await draft_remove(env, draft, {id_: row})
 
     await env.records.transact(write)
 
@@ -139,10 +131,35 @@ async def plan_set(proposal: Proposal) -> None:
         proposal.draft.put(table, key, Claim(old.id, at=env.clock.now()), ABSENT)
         proposal.draft.delete(*claim_of(env.records, old))
     proposal.draft.put(env.records.snapshots, old.id, new, row.generation)
+    proposal.stored_params = {"old": {field: getattr(old, field) for field in SnapshotSet.__struct_fields__}}
 
 
 async def written(context: Context) -> None:
-    """It was written when the request was accepted."""
+    """It was written when the request was accepted; this step is where taking it back is anchored."""
+
+
+async def undo_written(context: Context) -> None:
+    """Take back what this request changed and nobody has changed again since."""
+    env, id_, params = context.env, context.operation.target.partition("/")[2], context.operation.params
+
+    async def write(draft: Draft) -> None:
+        row = await env.records.snapshots.get(id_)
+        if row is None:
+            return
+        now = row.value
+        old = {f: v for f, v in params["old"].items() if params[f] is not None and getattr(now, f) == params[f]}
+        back = replace(now, **old)
+        if back.name != now.name:
+            table, key = claim_of(env.records, back)
+            if await table.get(key) is not None:
+                back = replace(back, name=now.name)  # somebody else is called that by now
+            else:
+                draft.put(table, key, Claim(now.id, at=env.clock.now()), ABSENT)
+                draft.delete(*claim_of(env.records, now))
+        if back != now:
+            draft.put(env.records.snapshots, id_, back, row.generation)
+
+    await env.records.transact(write)
 
 
 async def plan_verify(proposal: Proposal) -> None:
@@ -195,7 +212,8 @@ SET_DEFINITION = Definition(
     noun="snapshot",
     params=SnapshotSet,
     plan=plan_set,
-    steps=lambda _: (Step("written", written, words="writing it down"),),
+    steps=lambda _: (Step("written", written, undo_written, words="writing it down"),),
+    anchored=True,
 )
 VERIFY_DEFINITION = Definition(
     verb="snapshot.verify",

@@ -18,7 +18,7 @@ from mica.engine.operations.placing import free_name, free_slot
 from mica.engine.operations.starting import START, reserve
 from mica.engine.records import Claim, Draft, ImageRow
 from mica.engine.settle import moved, set_state
-from mica.engine.snapshots import draft_forget
+from mica.engine.snapshots import draft_remove
 from mica.model.errors import Code, MicaError, invalid
 from mica.model.image import Firmware, Image
 from mica.model.mac import mac_address
@@ -214,12 +214,12 @@ async def erase(env: Env, vm_id: str) -> None:
         claim = await env.records.names.get(vm.value.name)
         if claim is not None and claim.value.holder == vm_id:
             draft.delete(env.records.names, vm.value.name, claim.generation)
+        # Its snapshots go with it; parts that copies lie over stay.
+        of_it = [r for r in (await env.records.snapshots.scan()).values() if r.value.vm_id == vm_id]
+        await draft_remove(env, draft, {r.value.id: r for r in of_it if r.value.kind not in LASTING})
         draft.delete(env.records.slots, str(vm.value.slot))
         draft.delete(env.records.vms, vm_id, vm.generation)
         draft.delete(env.records.statuses, vm_id)
-        for snapshot in (await env.records.snapshots.scan()).values():
-            if snapshot.value.vm_id == vm_id and snapshot.value.kind not in LASTING:
-                draft_forget(env.records, draft, snapshot)  # with their VM; parts that copies lie over stay
 
     await env.records.transact(write)
 
