@@ -138,8 +138,8 @@ async def _went_back(rig: Rig) -> None:
 async def _template(life: Life) -> str:
     await _running(life)
     life.rig.world.process("a").memory.append("kept")
-    await _succeed(life, "snapshot.create", "a", Take(kind=SnapshotKind.TEMPLATE, name="golden"))
-    await _succeed(life, "vm.purge", "a", VmDelete(purge=True, force=True))
+    await done(life, "snapshot.create", "a", Take(kind=SnapshotKind.TEMPLATE, name="golden"))
+    await done(life, "vm.purge", "a", VmDelete(purge=True, force=True))
     await life.advance(60.0)
     return ""
 
