@@ -148,7 +148,8 @@ async def plan(proposal: Proposal) -> None:
     env, body, vm_id = proposal.env, proposal.params, proposal.target_id
     template = "" if body.snapshot else await template_meant(env, body.image)
     if body.snapshot or template:
-        vm = await copy_of(proposal, replace(body, image="", snapshot=body.snapshot or template))
+        wanted = replace(body, image="", snapshot=template) if template else body
+        vm = await copy_of(proposal, wanted)
         await admit_new(proposal, vm)
         return
     if body.full:
