@@ -402,21 +402,31 @@ async def undo_go_on(context: Context) -> None:
 
 
 async def go_on(context: Context) -> float | None:
-    """Over the new layers, as the spare where there is one. Returns how long the machine stood still, in seconds."""
-    env, found = context.env, context.output("look", Look)
+    """Over the new layers, as the spare where there is one. Returns how long the machine stood still, in seconds.
+
+    A machine that dies here was captured before, so the snapshot is good. What it wrote last is in the new layers.
+    """
+    env = context.env
     held = context.outputs.get("hold")
-    second = _second(context)
-    layers = tuple(context.output("freeze", list[Volume]))
-    if second is not None:
-        await _swap(context, second)
-    elif found.live:
-        await (await _machine(context)).switch(layers)
-    machine = await env.machines.attach(context.vm_id) if found.live else None
-    if machine is not None and found.running:
-        await machine.resume()
+    try:
+        await _let_go_on(context)
+    except MicaError:
+        if not await env.machines.ended(context.vm_id):
+            raise
     paused = max(0.0, env.clock.monotonic() - float(held["at"])) if held is not None else None
     await env.branches.take(context.vm_id)
     return paused
+
+
+async def _let_go_on(context: Context) -> None:
+    env, found, second = context.env, context.output("look", Look), _second(context)
+    if second is not None:
+        await _swap(context, second)
+    elif found.live:
+        await (await _machine(context)).switch(tuple(context.output("freeze", list[Volume])))
+    machine = await env.machines.attach(context.vm_id) if found.live else None
+    if machine is not None and found.running:
+        await machine.resume()
 
 
 async def _swap(context: Context, second: VmRuntime) -> None:
