@@ -17,7 +17,7 @@ from mica.engine.records import Ledger, Reservation
 from mica.engine.settle import moved, set_state, stopped, take_down
 from mica.engine.snapshots import COLD, cool, origin_of, until
 from mica.model.errors import Code, MicaError
-from mica.model.identity import Identity
+from mica.model.identity import Identity, Report
 from mica.model.snapshot import Snapshot, SnapshotState
 from mica.model.transitions import LIVE
 from mica.model.units import Bytes
@@ -307,6 +307,18 @@ async def run(context: Context) -> None:
     await set_state(context.env, context.vm_id, lambda o: replace(moved(context.env, o, state), agent=seen.agent))
 
 
+async def resumed_as(env: Env, vm_id: str, machine: StatefulMachine, runtime: VmRuntime, who: Identity) -> Report:
+    """Let a machine that has its state go on, and become ``who`` at once. Raises what either does."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            # The question waits in the guest's port when the vCPUs begin to run.
+            asking = group.create_task(env.identities.first(vm_id, runtime, who))
+            await machine.resume()
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from None
+    return asking.result()
+
+
 async def _wake(context: Context, machine: StatefulMachine, snapshot: Snapshot, origin: Origin) -> None:
     """Bring the machine to the state that it begins at, and let it go on as itself: nobody sees it as another."""
     env, vm_id = context.env, context.vm_id
@@ -324,15 +336,10 @@ async def _wake(context: Context, machine: StatefulMachine, snapshot: Snapshot, 
     )
     if snapshot.quiesced:  # its memory is that of a guest whose file systems are frozen
         await env.records.statuses.update(vm_id, lambda s: replace(s, frozen=context.operation.id))
-    async with asyncio.TaskGroup() as group:
-        # The question waits in the guest's port when the vCPUs begin to run.
-        asking = group.create_task(env.identities.first(vm_id, runtime, who))
-        await machine.resume()
+    report = await resumed_as(env, vm_id, machine, runtime, who)
     await machine.join(runtime.nics)
     copied = snapshot.vm_id != vm_id
-    await env.records.statuses.update(
-        vm_id, lambda s: replace(s, identity=asking.result(), becoming=who if copied else None)
-    )
+    await env.records.statuses.update(vm_id, lambda s: replace(s, identity=report, becoming=who if copied else None))
     if not context.operation.params.get("paused", False):
         await let_go(env, vm_id)
 

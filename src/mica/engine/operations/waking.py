@@ -9,13 +9,11 @@ happens, it is suspended as it was.
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 
 from mica.engine.definition import Context, Env, Step
 from mica.engine.operations.quiescing import let_go
-from mica.engine.operations.starting import START, launched
+from mica.engine.operations.starting import START, launched, resumed_as
 from mica.engine.operations.vm_suspend import draft_forget
 from mica.engine.records import Draft
 from mica.engine.settle import moved, set_state
@@ -92,9 +90,7 @@ async def _give_back(env: Env, vm_id: str, snapshot: Snapshot) -> None:
 
 async def _go_on(env: Env, vm_id: str, machine: StatefulMachine, runtime: VmRuntime) -> None:
     """It is who it was; its clock stood still, and its random numbers lie on a disk."""
-    async with asyncio.TaskGroup() as group:
-        group.create_task(env.identities.first(vm_id, runtime, Identity(id=vm_id, parent_id=vm_id)))
-        await machine.resume()
+    await resumed_as(env, vm_id, machine, runtime, Identity(id=vm_id, parent_id=vm_id))
 
 
 WAKE: tuple[Step, ...] = (
