@@ -74,6 +74,7 @@ def lies(world: World, vms: list[VmView]) -> list[str]:
                 out += [f"missing: {directory / name}" for name in known - present]
     out += [f"control group of nobody: {group}" for group in world.groups() if group.name not in live]
     out += _ledger(world, live)
+    out += _parts(world)
     return out + _claims(world, vms)
 
 
@@ -89,6 +90,29 @@ def _directories(world: World, live: set[str], ids: set[str]) -> list[tuple[Path
         (world.home / "volumes", ids, False),
         (world.home / "logs", ids, False),
     ]
+
+
+def _parts(world: World) -> list[str]:
+    """Where nothing is under way: rows and files of parts, what is on its way to be one, layers that nobody took."""
+    known, directory = rows(world, "part"), world.home / "parts"
+    out = [
+        f"layer {p} of {vm['name']} is not known"
+        for vm in rows(world, "vm").values()
+        for p in vm["layers"].values()
+        if p not in known
+    ]
+    for snapshot in rows(world, "snapshot").values():
+        if snapshot.get("state") == "complete" and snapshot.get("kind", "user") in ("user", "safety"):
+            memory = snapshot.get("memory") or {}
+            ids = [*snapshot.get("disks", {}).values(), *(memory.get(k, "") for k in ("ram", "changes", "devices"))]
+            out += [
+                f"snapshot {snapshot['name']} needs {i}, which is not there"
+                for i in ids
+                if i and not (i in known and (directory / i).exists())
+            ]
+    if (directory / ".scratch").is_dir():
+        out += [f"left over: {entry}" for entry in (directory / ".scratch").iterdir()]
+    return out + [f"staged by nobody: {file}" for file in (world.home / "volumes").glob("*/.*.staged.json")]
 
 
 def _ledger(world: World, live: dict[str, VmView]) -> list[str]:

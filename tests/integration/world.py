@@ -191,7 +191,7 @@ class World:
         raise AssertionError(f"no control group counts the processor time of {vm_id}")
 
     def leftovers(self) -> list[str]:
-        """What a home without VMs should not have: processes, run directories, RAM files, volumes, logs, groups."""
+        """What a home without VMs should not have: processes, run directories, volumes, parts, logs, groups."""
         out = [f"process {pid}: {words[:200]}" for pid, words in self.processes().items()]
         for directory in (
             self.runtime / "vm",
@@ -199,6 +199,8 @@ class World:
             self.sockets,
             self.home / "volumes",
             self.home / "logs",
+            self.home / "parts",
+            self.home / "parts" / ".scratch",
         ):
             if directory.is_dir():
                 out += [str(entry) for entry in directory.iterdir() if not entry.name.startswith(".")]
