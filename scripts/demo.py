@@ -80,6 +80,31 @@ async def _wait_adopted(client: Client) -> list[VmHandle]:
             await asyncio.sleep(0.02)
 
 
+async def _copies(report: Report, vm: VmHandle) -> VmHandle:
+    """A snapshot, a copy of the running machine, and the way back; returns the copy."""
+
+    async def word() -> str:
+        return str(await vm.exec("cat", "/tmp/word")).strip()
+
+    await vm.exec("sh", "-c", "echo before > /tmp/word")
+    with report.step("take a snapshot of one, memory and all") as out:
+        taken = await vm.snapshot("before")
+        out.append(f"it stood still for {(taken.snapshot.pause_s or 0) * 1000:.0f} ms; {taken.size / 2**20:.0f} MiB")
+    with report.step("fork it: a running copy with the same memory") as out:
+        (copy,) = await vm.fork(name="copy")
+        await copy.wait_agent()
+        said = str(await copy.exec("cat", "/tmp/word")).strip()
+        _hold(said == "before", f"the copy remembers {said!r}")
+        out.append(f"{copy.name} {copy.view.nics[0].address} remembers {said!r}")
+    await vm.exec("sh", "-c", "echo after > /tmp/word")
+    with report.step("go back to the snapshot") as out:
+        await vm.restore_snapshot("before", keep=False)
+        await vm.wait_agent()
+        _hold(await word() == "before", f"it remembers {await word()!r}")
+        out.append(f"{vm.name} remembers {await word()!r} again")
+    return copy
+
+
 async def demo(report: Report) -> None:
     async with Client(home=HOME) as client:
         await client.host()
@@ -102,6 +127,7 @@ async def demo(report: Report) -> None:
             held, free = (await vms[0].pause()).state, (await vms[0].resume()).state
             _hold((held, free) == (VmState.PAUSED, VmState.RUNNING), f"it was {held}, then {free}")
             out.append(f"{held}, then {free}")
+        copy = await _copies(report, vms[0])
         async with vms[1].exec_stream("sh", "-c", LONG_JOB) as job:
             with report.step("kill the daemon with SIGKILL") as out:
                 out.append(await _kill_daemon(client, vms))
@@ -117,7 +143,7 @@ async def demo(report: Report) -> None:
             await asyncio.gather(*(vm.stop() for vm in vms))
             out.append("; ".join([f"{vm.name}: {(await vm.refresh()).observed.reason}" for vm in vms]))
         with report.step("delete them without a trace") as out:
-            await asyncio.gather(*(vm.delete(purge=True) for vm in vms))
+            await asyncio.gather(copy.delete(purge=True, force=True), *(vm.delete(purge=True) for vm in vms))
             left = await client.vms.list()
             _hold(not left, f"left: {', '.join(vm.name for vm in left)}")
             out.append("0 VMs left")
@@ -125,6 +151,8 @@ async def demo(report: Report) -> None:
 
 async def main() -> int:
     HOME.mkdir(parents=True, exist_ok=True)
+    # Machines that boot, each of them: this is about what happens to them then.
+    (HOME / "config.toml").write_text('boot_once = "false"\n', encoding="utf-8")
     place = daemon.locate(HOME, os.environ, os.geteuid())
     report = Report()
     console.print("Mica's main job, on this machine:\n")
@@ -144,6 +172,7 @@ async def main() -> int:
         "\nNothing is left running. Try next:\n"
         "  .venv/bin/mica run micro --name first      a VM of your own, in seconds\n"
         "  .venv/bin/mica vm exec first -- uname -a   a command in it\n"
+        "  .venv/bin/mica fork first --count 2        two running copies of it, memory and all\n"
         "  .venv/bin/mica vm console first            its serial console (Ctrl-] q leaves)\n"
         "  .venv/bin/mica run debian --name deb       a full Debian (its image takes a minute the first time)\n"
         "  .venv/bin/mica doctor                      what this host can do, proven",
