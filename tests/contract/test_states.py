@@ -119,7 +119,8 @@ async def as_child(lab: Lab, runtime: VmRuntime, machine: StatefulMachine, volum
     assert (await sh(runtime, late)).endswith("0")
     began = time.monotonic()
     await machine.pause()
-    captured = await machine.capture(state)
+    await machine.capture(state)
+    captured = await machine.capture(state)  # as a daemon does that takes over from one that died here
     origin = lab.origin("ram1", captured)
     await child.load(origin)
     await lab.hypervisor.retire(lab.vm(0).id, runtime.incarnation)
