@@ -82,6 +82,9 @@ async def test_io_limits_reach_qemu_and_the_disk(shared_world: World, shared_cli
 async def test_a_start_that_does_not_fit_says_what_would(shared_client: Client, shared_vm: VmHandle) -> None:
     host = await shared_client.host()
     vm = await create(shared_client, "huge", memory=int(host.memory) // MIB * MIB)
+    async with asyncio.timeout(30):  # it may have started just now, and is looked at every few seconds
+        while (await shared_vm.refresh()).usage.cpu_s is None:
+            await asyncio.sleep(0.1)
     try:
         before = (await shared_client.host()).committed
         with pytest.raises(MicaError) as caught:

@@ -30,7 +30,7 @@ RUN_STATES: dict[str, tuple[RunState, str]] = {
     "running": (RunState.RUNNING, ""),
     "prelaunch": (RunState.PRELAUNCH, "held before its first instruction"),
     "inmigrate": (RunState.PRELAUNCH, "receiving its state"),
-    "paused": (RunState.PAUSED, "paused"),
+    "paused": (RunState.PAUSED, ""),
     "suspended": (RunState.PAUSED, "the guest went to sleep"),
     "io-error": (RunState.PAUSED, "paused by an I/O error: the host's disk may be full"),
     "guest-panicked": (RunState.PAUSED, "the guest panicked"),
