@@ -11,7 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench import guests, processes
+from bench import forks, guests, processes
 from bench.table import Row, show
 from bench.world import world
 from mica import Client
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[Client], Awaitable[list[Row]]]] = {
     "start": guests.start,
     "exec": guests.exec_,
     "adopt": guests.adopt,
+    "fork": forks.forks,
     "many": guests.many,
 }
 
