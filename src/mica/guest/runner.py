@@ -7,8 +7,9 @@ new, and the next command finds it waiting; every other runner is ended after it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
@@ -237,12 +238,15 @@ class Runners:
         task.add_done_callback(self._tasks.discard)
 
     async def _retire(self, runner: Runner) -> None:
+        await self._patiently(runner.retire, runner.directory)
+
+    async def _patiently(self, end: Callable[[], Awaitable[None]], name: str) -> None:
         for pause in RETRY_S:
             try:
-                await runner.retire()
+                await end()
             except MicaError as error:
                 # What never succeeds is left to the next sweep; a guest that is gone has taken it along.
-                _log.info("runner not ended", guest=self.agent.guest, directory=runner.directory, error=str(error))
+                _log.info("runner not ended", guest=self.agent.guest, runner=name, error=str(error))
                 if not error.retryable:
                     return
                 await asyncio.sleep(pause)  # a freeze or a pause of the guest, whose end nobody signals
@@ -307,13 +311,14 @@ class Runners:
         token = self._mark + secrets.token_hex(6)
         arguments = ["-c", script.RUNNER, f"mica-{token}", str(self.window), token, *self._directories]
         environment = [f"PATH={script.PATH}", "HOME=/root"]
+        pid: int | None = None  # not known yet, though the guest may have been asked
         try:
-            pid = await agent.exec_raw("setsid", ["/bin/sh", *arguments], env=environment, capture=False)
-        except AgentRefusedError as refusal:
-            if "Failed to execute" not in refusal.desc and "No such file" not in refusal.desc:
-                raise
-            pid = await agent.exec_raw("/bin/sh", arguments, env=environment, capture=False)
-        try:
+            try:
+                pid = await agent.exec_raw("setsid", ["/bin/sh", *arguments], env=environment, capture=False)
+            except AgentRefusedError as refusal:
+                if "Failed to execute" not in refusal.desc and "No such file" not in refusal.desc:
+                    raise
+                pid = await agent.exec_raw("/bin/sh", arguments, env=environment, capture=False)
             async with asyncio.timeout(START_TIMEOUT_S):
                 runner = Runner(agent, await self._find(pid, token), pid)
                 await self._wait_ready(runner)
@@ -325,8 +330,9 @@ class Runners:
                 hint="the guest is overloaded: try again",
                 retryable=True,
             ) from None
-        except BaseException:
-            self._abandon(pid, token)
+        except BaseException as error:
+            if pid is not None or not isinstance(error, AgentRefusedError):  # else there is none
+                self._abandon(pid, token)
             raise
         return runner
 
@@ -340,10 +346,18 @@ class Runners:
             pause = min(pause * 1.5, 0.02)
         runner.pid = runner.log.runner_pid
 
-    def _abandon(self, pid: int, token: str) -> None:
-        """It may come up yet, and nobody waits for it any more."""
-        for directory in self._directories:
-            self.background(self._retire(Runner(self.agent, f"{directory}/mica-{token}", pid)))
+    def _abandon(self, pid: int | None, token: str) -> None:
+        """It may come up yet, and nobody waits for it any more. The agent does what it is asked in order."""
+
+        async def end() -> None:
+            arguments = ["-c", script.ABANDON, "mica", token, *self._directories]
+            ending = await self.agent.exec_raw("/bin/sh", arguments, env=[f"PATH={script.PATH}"])
+            await self.agent.exec_wait(ending, timeout_s=30.0)
+            if pid is not None:
+                with contextlib.suppress(AgentRefusedError):  # the agent was restarted since and does not know it
+                    await self.agent.exec_wait(pid, timeout_s=5.0)
+
+        self.background(self._patiently(end, token))
 
     async def _find(self, pid: int, token: str) -> str:
         """Ask until the log is there: the agent has no way to tell."""

@@ -221,6 +221,17 @@ rm -rf "$1"
 """Argument: a runner's directory. Ends the runner, its pumps and their dd, told by where they are, and removes the
 directory. Only for a runner whose command has ended: what the command left running keeps running."""
 
+ABANDON = r"""
+T=$1
+shift
+for q in /proc/[0-9]*; do
+  grep -qs "mica-$T" $q/cmdline && kill -9 ${q##*/} 2>/dev/null
+done
+for d; do rm -rf "$d/mica-$T"; done
+"""
+"""Arguments: a runner's token, and where runners live. Ends a runner wherever it has come to: it is told by its command
+line, which it has before it has a directory. Only for one that was never given a command."""
+
 SWEEP = r"""
 K=$1
 shift
