@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -334,4 +335,5 @@ Chaos.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-TestChaos = Chaos.TestCase
+# Whoever finds something may look five minutes for the shortest way there (Hypothesis' own limit).
+TestChaos = pytest.mark.timeout(900)(Chaos.TestCase)

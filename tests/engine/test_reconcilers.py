@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from mica.engine.definition import NoParams, Policy
-from mica.engine.reconcilers import ROUND_S, Loop, guests
+from mica.engine.reconcilers import LIST_S, RETRY_S, ROUND_S, Loop, guests
 from mica.engine.records import Draft, Ledger, Reservation
 from mica.model.errors import Code, MicaError
 from mica.model.operation import OperationState
@@ -64,6 +64,20 @@ async def test_a_round_that_hangs_ends() -> None:
 
 
 # ── autostart ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_round_that_failed_is_tried_again_soon(hangs: bool) -> None:
+    """A home with an image that no row names yet, and a disk that does not answer the first look."""
+    async with Rig() as rig:
+        rig.world.add_image("micro")
+        if hangs:
+            rig.world.faults.hang("images.present")
+        else:
+            rig.world.faults.fail("images.present", OSError(5, "Input/output error"))
+        async with rig.life() as life:
+            await life.advance((LIST_S if hangs else 0.0) + RETRY_S + 1.0)
+            assert len(await rig.records.images.scan()) == 1
 
 
 async def test_autostart_is_for_boots_of_the_host_and_not_for_restarts_of_the_daemon() -> None:

@@ -245,9 +245,10 @@ async def test_an_operation_that_was_under_way_ends(world: World) -> None:
         async with shell(vm) as guest:
             await guest.run("kill -STOP $(pidof qemu-ga) $(pidof acpid); echo")
         operation = await client.vms.stop(vm.id, timeout_s=3, wait=False)
-        await client.vms.wait_until(
-            vm.id, lambda v: v.observed.state is VmState.STOPPING, timeout_s=10, what="stopping"
-        )
+        async with asyncio.timeout(10):
+            while not any(e.step == "halt" for e in (await client.operations.get(operation.id)).journal):
+                await asyncio.sleep(0.01)
+        assert (await vm.refresh()).observed.state is VmState.STOPPING
         await asyncio.to_thread(world.restart)
         ended = await client.operations.wait(operation.id, timeout_s=30)
         assert ended.result["how"] == "forced"

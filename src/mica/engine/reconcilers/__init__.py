@@ -46,6 +46,10 @@ log = structlog.get_logger()
 ROUND_S = 600.0
 # Reading slowly what is large takes its time.
 SCRUB_S = 86400.0
+# Listing what is there does not: a file system that does not answer is asked again.
+LIST_S = 60.0
+# A round that failed is not waited for as long as one that found everything in order.
+RETRY_S = 30.0
 
 
 class LoopStatus(msgspec.Struct, frozen=True):
@@ -58,7 +62,10 @@ class LoopStatus(msgspec.Struct, frozen=True):
 
 
 class Loop:
-    """Runs ``work`` every ``period_s`` seconds, first after ``first_s``; a round ends after ``round_s``."""
+    """Runs ``work`` every ``period_s`` seconds, first after ``first_s``; a round ends after ``round_s``.
+
+    After a round that failed the next one comes within ``RETRY_S``.
+    """
 
     def __init__(
         self,
@@ -95,14 +102,14 @@ class Loop:
         await self._clock.sleep(self._first_s)
         while True:
             await self.once()
-            await self._clock.sleep(self._period_s)
+            await self._clock.sleep(min(self._period_s, RETRY_S) if self.status.failed else self._period_s)
 
 
 def make_loops(env: Env, engine: Engine) -> list[Loop]:
     """Every loop of the engine, in no particular order."""
     return [
         Loop("autostart", lambda: autostart.reconcile(env, engine), env.clock, 5.0, 0.0),
-        Loop("images", lambda: images.reconcile(env), env.clock, 3600.0, 0.0),
+        Loop("images", lambda: images.reconcile(env), env.clock, 3600.0, 0.0, LIST_S),
         Loop("leftovers", lambda: leftovers.reconcile(env), env.clock, 300.0, 2.0),
         Loop("ledger", lambda: ledger.reconcile(env), env.clock, 60.0, 5.0),
         Loop("usage", lambda: usage.reconcile(env, engine), env.clock, 5.0, 0.5),
