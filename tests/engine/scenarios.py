@@ -268,7 +268,7 @@ SET = VmSet(
 )
 ASLEEP = frozenset({S.SUSPENDED, S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED})
 DOWN = frozenset({S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED})
-WRECK = frozenset({S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED, S.TRASHED})
+WRECK = DOWN | {S.TRASHED, S.DELETING}
 
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario("create", "vm.create", VmCreate(name="a", image="micro", disks=(DISK,)), _nothing, _is(S.STOPPED)),
@@ -318,7 +318,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         _suspended,
         _is(S.GONE),
         restores=False,
-        otherwise=ASLEEP,
+        otherwise=ASLEEP | {S.DELETING},
     ),
     Scenario("set-stopped", "vm.set", SET, _stopped, _is_set),
     Scenario("set-running", "vm.set", SET, _running, _is_set),

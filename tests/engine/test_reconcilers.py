@@ -17,6 +17,7 @@ from mica.model.views import UsageSource, VmCreate, VmDelete, VmRestore, VmSet, 
 from mica.model.vm import DiskSpec, VmState
 from mica.testing.harness import Life, Rig
 from mica.testing.simulated import Behaviour
+from mica.testing.store_faults import Fault, When, io_error
 from tests.engine.worlds import create, do, living, refused
 
 DISK = DiskSpec(name="data", size=Bytes(GIB))
@@ -307,6 +308,37 @@ async def test_one_vm_that_cannot_be_purged_does_not_keep_the_others() -> None:
         assert left[0].observed.problem is not None
         await life.advance(130.0)
         assert life.rig.world.volumes == {}
+
+
+async def test_a_vm_that_was_deleted_half_way_can_only_be_purged_again() -> None:
+    """Its disk is gone, and the record that should go with it stays: the store fails once, anywhere."""
+    halves = 0
+    for commit in range(1, 12):
+        async with living() as life:
+            vm = await create(life, "a", disks=(DISK,))
+            life.store.faults.append(Fault(life.store.commits + commit, When.BEFORE, io_error()))
+            try:
+                ended = await life.run("vm.purge", "a", VmDelete(purge=True))
+            except MicaError:
+                continue  # it was not even accepted
+            assert await life.rig.lies() == []
+            row = await life.records.vms.get(vm.id)
+            if row is None:
+                continue
+            assert ended.state is OperationState.FAILED
+            if vm.id in life.rig.world.volumes:
+                continue
+            halves += 1
+            left = await life.engine.views.vm("a")
+            assert (left.observed.state, left.observed.reason) == (VmState.DELETING, "not fully deleted")
+            assert left.observed.problem == ended.problem
+            asked = [("vm.start", VmStart()), ("vm.set", VmSet(labels={})), ("vm.delete", VmDelete())]
+            for verb, params in asked:
+                error = await refused(life, Code.STATE_CONFLICT, verb, "a", params)
+                assert error.hint == "`mica vm delete --purge a` finishes that"
+            await do(life, "vm.purge", "a", VmDelete(purge=True))
+            assert await life.records.vms.get(vm.id) is None
+    assert halves > 0
 
 
 async def test_old_operations_and_keys_are_forgotten_and_stuck_ones_are_not() -> None:

@@ -45,7 +45,8 @@ def test_every_pair_has_one_answer_that_the_states_can_keep(verb: VmVerb, state:
             assert leads_to in reachable(during), "it can succeed"
             if verb is not VmVerb.RESTART:
                 assert leads_to is state or leads_to in FOLLOWS[during], "on the shortest way"
-            back = VmState.GONE if verb is VmVerb.CREATE else state
+            # What is not made fully is gone; what is not deleted fully can only be deleted again.
+            back = {VmVerb.CREATE: VmState.GONE, VmVerb.PURGE: VmState.DELETING}.get(verb, state)
             assert back is during or back in FOLLOWS[during] or rule.during is None, "it can fail"
 
 
@@ -58,7 +59,8 @@ def test_a_restart_goes_through_a_start() -> None:
 
 @pytest.mark.parametrize("verb", set(VmVerb) - {VmVerb.CREATE})
 def test_no_verb_begins_while_another_is_under_way(verb: VmVerb) -> None:
-    assert not RULES[verb].accept & (PASSING | {VmState.CREATING})
+    half = {VmState.DELETING} if verb is VmVerb.PURGE else set()  # where an earlier one has failed
+    assert not RULES[verb].accept & (PASSING | {VmState.CREATING}) - half
 
 
 def test_every_state_can_come_about_and_end() -> None:

@@ -327,14 +327,12 @@ class VmActor(Actor):
         rows = (await records.operations.scan()).values()
         if any(o.value.target == self.target and not o.value.state.ended for o in rows):
             return
-        vm = (await records.vms.need(self.vm_id)).value
 
         def left(observed: VmObserved) -> VmObserved:
             if observed.state is VmState.CREATING:
                 return moved(self._env, observed, VmState.STOPPED, "not fully created")
             if observed.state is VmState.DELETING:
-                state = VmState.CRASHED if vm.deleted_at is None else VmState.TRASHED
-                return moved(self._env, observed, state, NOT_DELETED)
+                return moved(self._env, observed, VmState.DELETING, NOT_DELETED, observed.problem)
             return observed
 
         await set_state(self._env, self.vm_id, left)

@@ -72,7 +72,7 @@ def decide(
     error = MicaError(
         Code.STATE_CONFLICT,
         f"VM {name} is {expected}{after}; {verb.removeprefix('vm.')} is not possible then",
-        hint=RULES[verb].hint,
+        hint=_hint(name, verb, expected),
         details={"state": state.value, "expected": expected.value},
     )
     return Decision(Answer.DENY, expected, error)
@@ -88,7 +88,11 @@ def judge(name: str, state: VmState, verb: VmVerb, *, stops_first: bool = False)
     error = MicaError(
         Code.STATE_CONFLICT,
         f"VM {name} is {state} by now; {verb.removeprefix('vm.')} is not possible",
-        hint=RULES[verb].hint,
+        hint=_hint(name, verb, state),
         details={"state": state.value},
     )
     return Decision(Answer.DENY, state, error)
+
+
+def _hint(name: str, verb: VmVerb, state: VmState) -> str:
+    return f"`mica vm delete --purge {name}` finishes that" if state is VmState.DELETING else RULES[verb].hint

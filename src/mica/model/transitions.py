@@ -77,7 +77,7 @@ RULES: Final[dict[VmVerb, Rule]] = {
     VmVerb.DELETE: _rule({S.STOPPED, S.CRASHED}, {S.TRASHED}, None, S.TRASHED, "stop it first, or delete with --force"),
     VmVerb.RESTORE: _rule({S.TRASHED}, set(), None, S.STOPPED, "only a deleted VM can be restored"),
     VmVerb.PURGE: _rule(
-        {S.STOPPED, S.CRASHED, S.TRASHED}, set(), S.DELETING, S.GONE, "stop it first, or purge with --force"
+        {S.STOPPED, S.CRASHED, S.TRASHED, S.DELETING}, set(), S.DELETING, S.GONE, "stop it first, or purge with --force"
     ),
     VmVerb.SNAPSHOT: _rule(
         {S.STOPPED, S.CRASHED, S.RUNNING, S.PAUSED}, set(), None, None, "resume a suspended VM, restore a deleted one"
@@ -103,7 +103,7 @@ FOLLOWS: Final[dict[VmState, frozenset[VmState]]] = {
     S.SUSPENDED: frozenset({S.STARTING, S.STOPPED}),
     S.CRASHED: frozenset({S.STARTING, S.STOPPED, S.TRASHED, S.DELETING}),
     S.TRASHED: frozenset({S.STOPPED, S.DELETING}),
-    S.DELETING: frozenset({S.GONE, S.STOPPED, S.TRASHED, S.CRASHED}),
+    S.DELETING: frozenset({S.GONE}),
     S.GONE: frozenset(),
 }
 

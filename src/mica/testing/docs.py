@@ -24,7 +24,7 @@ _MEANING: Final[Mapping[VmState, str]] = {
     VmState.SUSPENDED: "It has no process on the host; its memory is on disk, and it goes on where it was.",
     VmState.CRASHED: "Its process ended without being asked to; its disks are kept and checked before the next start.",
     VmState.TRASHED: "Deleted, and kept in the trash until it expires.",
-    VmState.DELETING: "Its disks are being removed for good.",
+    VmState.DELETING: "Its disks are being removed for good. If that failed half way, it can only be purged again.",
     VmState.GONE: "Nothing is left of it.",
 }
 

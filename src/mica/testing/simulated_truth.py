@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from mica.engine.records import Claim, Records, Reservation, Versioned
+from mica.engine.settle import NOT_DELETED
 from mica.model.operation import OperationState
 from mica.model.snapshot import Part, SnapshotState
 from mica.model.vm import AgentState, Vm, VmState, VmStatus
@@ -107,12 +108,13 @@ async def _operations(records: Records, *, stuck: bool) -> list[str]:
 def _vm(world: SimulatedHost, vm: Vm, status: VmStatus) -> list[str]:
     seen, process = status.observed, world.processes.get(vm.id)
     found = []
-    if seen.state not in SETTLED:
+    half = seen.state is VmState.DELETING and seen.reason == NOT_DELETED and seen.problem is not None
+    if seen.state not in SETTLED and not half:
         found.append(f"VM {vm.name} is {seen.state} with nothing under way")
     waits = process is not None and process.waits  # an operator may have accepted that it waits for that memory
     if (seen.state is VmState.SUSPENDED) != (status.suspended is not None) and not waits:
         found.append(f"VM {vm.name} is {seen.state}, its memory is in {status.suspended}")
-    if (seen.state is VmState.TRASHED) != (vm.deleted_at is not None):
+    if (seen.state is VmState.TRASHED) != (vm.deleted_at is not None) and not half:
         found.append(f"VM {vm.name} is {seen.state}, deleted_at {vm.deleted_at}")
     if seen.state in UP:
         found += _up(vm, status, process)

@@ -146,13 +146,11 @@ async def empty(context: Context) -> None:
 
 
 async def undo_empty(context: Context) -> None:
-    """What is deleted stays deleted: the VM is shown as it is, and purging it again finishes the work."""
+    """What is deleted stays deleted: nothing can be done with the VM any more but to purge it again."""
     env = context.env
     status = await env.records.statuses.get(context.vm_id)
     if status is not None and status.value.observed.state is VmState.DELETING:
-        vm = (await env.records.vms.need(context.vm_id)).value
-        state = VmState.TRASHED if vm.deleted_at is not None else VmState.CRASHED
-        await set_state(env, context.vm_id, lambda o: moved(env, o, state, NOT_DELETED, context.failure))
+        await set_state(env, context.vm_id, lambda o: moved(env, o, VmState.DELETING, NOT_DELETED, context.failure))
 
 
 async def forget(context: Context) -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 BY = Actor("mica", "reconciler:trash")
 
+# What an ephemeral VM comes to in the end; deleting it may have failed half way.
+_ENDED = frozenset({VmState.CRASHED, VmState.DELETING})
+
 
 async def reconcile(env: Env, engine: Engine) -> str:
     now = env.clock.now()
@@ -36,5 +39,5 @@ async def reconcile(env: Env, engine: Engine) -> str:
 
 def has_done_its_work(vm: Vm, seen: VmObserved) -> bool:
     """An ephemeral VM that was to run and has ended by itself. One that failed to start is kept."""
-    ended = seen.state is VmState.CRASHED or (seen.state is VmState.STOPPED and seen.problem is None)
+    ended = seen.state in _ENDED or (seen.state is VmState.STOPPED and seen.problem is None)
     return vm.spec.ephemeral and vm.intent is not Power.STOPPED and ended
