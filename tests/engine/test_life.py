@@ -10,6 +10,7 @@ import pytest
 
 from mica.engine.definition import NoParams, Policy
 from mica.engine.operations.stopping import REPEAT_S
+from mica.engine.saga import UNDO_S
 from mica.model.errors import Code, MicaError
 from mica.model.operation import OperationState
 from mica.model.units import GIB, MIB, Bytes
@@ -107,6 +108,21 @@ async def test_a_vm_whose_monitor_does_not_answer_can_be_stopped() -> None:
             life.rig.world.faults.hang(method, call=0)
         assert (await do(life, "vm.stop", "a", VmStop(timeout_s=10.0))).result["how"] == "forced"
         life.rig.world.faults.clear()
+
+
+async def test_taking_a_stop_back_does_not_wait_as_long_as_a_stop_may() -> None:
+    """The host does not answer while what is left of the machine is put away, in vain and then once more."""
+    async with living() as life:
+        await create(life, "a", start=True)
+        life.rig.world.faults.fail("slices.remove")
+        life.rig.world.faults.hang("slices.remove", call=2)
+        operation = await life.submit("vm.stop", "a", VmStop(force=True))
+        await life.advance(UNDO_S + 1.0)
+        assert (await life.engine.views.operation(operation.id)).state is OperationState.STUCK
+        await life.engine.resolve(operation.id, "retry", by=BY)
+        await life.rest()
+        assert (await life.engine.views.operation(operation.id)).state is OperationState.FAILED
+        assert await life.rig.lies() == []
 
 
 async def test_cancelling_a_stop_leaves_the_guest_running() -> None:

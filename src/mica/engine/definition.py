@@ -177,7 +177,8 @@ Undo = Callable[[Context], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Step:
-    """``cancellable``: ``do`` may be interrupted where it stands, its ``undo`` cleans up. ``timeout_s`` bounds each.
+    """``cancellable``: ``do`` may be interrupted where it stands, its ``undo`` cleans up. ``timeout_s`` bounds each,
+    but taking something back never gets more than a few minutes.
 
     ``follows``: once the step before is done there is no way back before this one, whoever wants to cancel.
     ``words`` are what a reader sees while it runs ("making the disks"); ``name`` is what the journal knows it by.

@@ -30,6 +30,9 @@ replace = msgspec.structs.replace
 # How often progress may be written; watchers see it at most this much late.
 PROGRESS_PERIOD_S = 0.25
 
+# A step may wait for a guest or for much to be read; nothing that takes it back does. Seconds.
+UNDO_S = 600.0
+
 
 class Canceller:
     """Somebody's wish that one operation stop. ``requested`` never goes back to False."""
@@ -205,7 +208,7 @@ class Runner:
         await self._append(step.name, StepEvent.UNDO_STARTED, durable=False, text=step.words)
         try:
             if step.undo is not None:
-                async with within(self._env.clock, step.timeout_s):
+                async with within(self._env.clock, min(step.timeout_s, UNDO_S)):
                     await step.undo(self._context())
         except Exception as error:
             # Whatever it was, guessing on would lie: the operation is stuck and an operator is told.
