@@ -15,7 +15,7 @@ from mica.model.snapshot import Snapshot, SnapshotKind
 from mica.model.units import GIB, MIB, Bytes
 from mica.model.views import SnapshotRestore, SnapshotSet, VmCreate, VmDelete, VmFork, VmStart
 from mica.model.vm import DiskSpec, VmState
-from mica.testing.harness import BY, Life
+from mica.testing.harness import BY, Life, Rig
 from mica.testing.simulated import Behaviour
 from tests.engine.worlds import create, do, living, refused
 
@@ -223,6 +223,25 @@ async def test_many_forks_come_all_or_none_and_their_moment_passes() -> None:
         with pytest.raises(MicaError) as caught:
             await forking.fork(life.engine, "a", VmFork(count=0), by=BY)
         assert caught.value.code is Code.INVALID
+
+
+async def test_a_fork_whose_daemon_died_finds_the_memory_that_only_its_parent_has() -> None:
+    """It was never written to disk, and its parent's QEMU is slow to answer the next daemon."""
+    async with Rig() as rig:
+        rig.world.add_image("micro")
+        async with rig.life() as life:
+            await life.advance(1.0)
+            await running(life)
+            write(life, "a", "word")
+            rig.world.faults.hang("hypervisor.launch", call=2)  # the first is its parent's own, as the image's child
+            await forking.fork(life.engine, "a", VmFork(name="f"), by=BY)
+            await life.advance(1.0)
+        rig.world.faults.clear()
+        rig.world.faults.slow("hypervisor.attach", 5.0)
+        async with rig.life() as life:
+            await life.rest()
+            assert await state(life, "f") is VmState.RUNNING
+            assert has(life, "f")[0] == ["word"]
 
 
 async def test_an_agent_that_never_answers_is_told_and_the_fork_runs() -> None:

@@ -96,6 +96,8 @@ class Engine:
         for row in sorted(unfinished, key=_order):
             self._actor(_home(row.value)).enqueue(row.value)
         for vm_id, status in (await records.statuses.scan()).items():
+            if status.value.runtime is not None:
+                self.env.ram.learn(status.value.runtime)  # before a copy of it looks for its memory
             if status.value.observed.state in LIVE | HALFWAY:
                 self._actor(f"vm/{vm_id}")
         for actor in [*self._vms.values(), *self._others.values()]:

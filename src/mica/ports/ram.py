@@ -16,6 +16,9 @@ class RamImages(Protocol):
         """The RAM that this machine owns is a RAM image from now on: what it writes itself until it ends still counts,
         no one else can ever write or shrink it. Idempotent. Raises ``qemu-failed`` when the machine is gone."""
 
+    def learn(self, runtime: VmRuntime) -> None:
+        """A machine may map an image that nothing here holds, for a daemon before this one made it: hold it again."""
+
     async def save(self, ram_id: str, file: Path, report: Callable[[float], None]) -> None:
         """Write it to ``file``, holes left out. Raises ``not-found`` when nothing holds it, ``insufficient-disk``."""
 

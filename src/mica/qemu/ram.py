@@ -94,7 +94,7 @@ class RamImages:
         self._held[ram_id] = descriptor
 
     def learn(self, runtime: VmRuntime) -> None:
-        """A machine was found that maps an image: hold it again."""
+        """As the port says. Also for every machine that is attached, as one that waits may be known to nobody yet."""
         if runtime.ram and runtime.ram not in self._held:
             descriptor = _of_machine(runtime)
             if descriptor is not None:

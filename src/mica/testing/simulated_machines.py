@@ -150,9 +150,9 @@ class SimulatedRamImages:
             self._world.ram_images[ram_id] = process.memory
             self._held[ram_id] = None
 
-    def learn(self, ram_id: str) -> None:
-        if ram_id in self._world.ram_images:
-            self._held[ram_id] = None
+    def learn(self, runtime: VmRuntime) -> None:
+        if runtime.ram in self._world.ram_images and any(p.ref == runtime.process for p in self._world.living()):
+            self._held[runtime.ram] = None
 
     def need(self, origin: Origin) -> None:
         """As a memfd is found: held by this daemon, or read from the file."""
@@ -248,8 +248,8 @@ class SimulatedHypervisor:
     async def attach(self, runtime: VmRuntime) -> SimulatedMachine | None:
         async with self._faults.around("hypervisor.attach"):
             found = next((p for p in self._world.living() if p.ref == runtime.process), None)
-            if found is not None and runtime.ram:
-                self._images.learn(runtime.ram)
+            if found is not None:
+                self._images.learn(runtime)
             return None if found is None else SimulatedMachine(found)
 
     def build_of(self, spec: VmSpec) -> MachineBuild:
