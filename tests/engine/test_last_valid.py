@@ -46,6 +46,22 @@ async def test_what_can_start_starts_as_it_is() -> None:
         assert life.rig.world.content(vm_id, "data") == ("one", "last")
 
 
+async def test_a_vm_may_be_told_to_go_back_by_itself_each_time() -> None:
+    async with living() as life:
+        vm_id = await written(life, "one")
+        await do(life, "vm.set", "a", VmSet(last_valid=True))
+        await do(life, "vm.start", "a", VmStart())
+        await do(life, "vm.stop", "a", VmStop(force=True))
+        for kept in ("damaged-1", "damaged-2"):
+            break_top(life, vm_id)
+            ended = await do(life, "vm.start", "a", VmStart())
+            assert (ended.result["went_back_to"], ended.result["kept_aside"]) == ("one", kept)
+            await do(life, "vm.stop", "a", VmStop(force=True))
+        await do(life, "vm.set", "a", VmSet(last_valid=False))
+        break_top(life, vm_id)
+        assert (await life.run("vm.start", "a", VmStart())).state is OperationState.FAILED
+
+
 async def test_a_damaged_disk_is_kept_aside_and_the_newest_snapshot_runs() -> None:
     async with living() as life:
         vm_id = await written(life, "one", "two")

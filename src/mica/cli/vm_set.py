@@ -34,6 +34,7 @@ async def set_(
     autostart: Annotated[Switch, Parameter(negative="--no-autostart")] = None,
     protected: Annotated[Switch, Parameter(negative="--no-protected")] = None,
     display: Annotated[Switch, Parameter(negative="--no-display")] = None,
+    last_valid: Annotated[Switch, Parameter(negative="--no-last-valid")] = None,
     stop_timeout: Duration | None = None,
     if_generation: int | None = None,
     options: Options = DEFAULTS,
@@ -73,6 +74,8 @@ async def set_(
         Refuse to delete it.
     display
         A screen (headless until somebody looks).
+    last_valid
+        Where damage keeps it from starting, go back to its last valid snapshot each time, without being told to.
     stop_timeout
         How long the guest may take to shut down before it is forced, for example 90s.
     if_generation
@@ -88,6 +91,7 @@ async def set_(
         "autostart": autostart,
         "protected": protected,
         "display": display,
+        "last_valid": last_valid,
         "stop_timeout_s": stop_timeout,
         "labels": _labels(label, unlabel),
     }

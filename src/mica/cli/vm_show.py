@@ -200,5 +200,10 @@ def _nic(nic: NicRuntime) -> str:
 
 def _switches(view: VmView) -> list[str]:
     spec = view.spec
-    named = {"autostart": spec.autostart, "protected": spec.protected, "ephemeral": spec.ephemeral}
+    named = {
+        "autostart": spec.autostart,
+        "protected": spec.protected,
+        "ephemeral": spec.ephemeral,
+        "goes back to its last valid snapshot": spec.last_valid,
+    }
     return [name for name, on in named.items() if on] + ([] if spec.display else ["no display"])

@@ -309,6 +309,7 @@ class VmSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     autostart: bool | msgspec.UnsetType = msgspec.UNSET
     protected: bool | msgspec.UnsetType = msgspec.UNSET
     stop_timeout_s: float | msgspec.UnsetType = msgspec.UNSET
+    last_valid: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class BootedView(msgspec.Struct, frozen=True, kw_only=True):

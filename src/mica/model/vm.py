@@ -84,7 +84,8 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a machine is made of. Sizes in bytes.
 
     ``cpu_limit`` is in host processors (1.5 is one and a half); ``None`` gives as many as ``cpus``. ``image`` is the
-    digest of the image it boots from. ``boot`` is the order in which disks and NICs are tried, by name.
+    digest of the image it boots from. ``boot`` is the order in which disks and NICs are tried, by name. ``last_valid``:
+    where damage keeps it from starting, every start goes back to its last valid snapshot.
     """
 
     cpus: int = 1
@@ -104,6 +105,7 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True):
     ephemeral: bool = False
     hostname: str = ""
     stop_timeout_s: float = 60.0
+    last_valid: bool = False
 
 
 class Power(StrEnum):
@@ -337,7 +339,19 @@ def check_spec(spec: VmSpec) -> VmSpec:
 
 
 # Fields whose new value reaches a running machine at once. All others wait for the next start.
-LIVE_FIELDS = frozenset({"cpu_limit", "autostart", "protected", "ephemeral", "stop_timeout_s"})
+LIVE_FIELDS = frozenset({"cpu_limit", "autostart", "protected", "ephemeral", "stop_timeout_s", "last_valid"})
+
+
+def as_of(then: VmSpec, now: VmSpec) -> VmSpec:
+    """The machine of ``then``, with what is wished for it ``now``: a VM that goes back in time keeps its policies."""
+    return msgspec.structs.replace(
+        then,
+        autostart=now.autostart,
+        protected=now.protected,
+        ephemeral=now.ephemeral,
+        stop_timeout_s=now.stop_timeout_s,
+        last_valid=now.last_valid,
+    )
 
 
 def pending_changes(spec: VmSpec, running: VmSpec) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from mica.engine.snapshots import part_id
 from mica.model.errors import Code, MicaError
 from mica.model.snapshot import Part, PartKind, Snapshot, SnapshotKind, SnapshotState
 from mica.model.units import Bytes
-from mica.model.vm import NVRAM, Vm, VmSpec
+from mica.model.vm import NVRAM, Vm, VmSpec, as_of
 from mica.ports.store import ABSENT
 
 replace = msgspec.structs.replace
@@ -78,15 +78,12 @@ async def _choose(context: Context, vm: Vm, why: MicaError) -> Back:
         if not await _is_whole(context, snapshot):
             tried.append(snapshot.name)
             continue
-        spec = replace(
-            snapshot.spec, protected=vm.spec.protected, autostart=vm.spec.autostart, ephemeral=vm.spec.ephemeral
-        )
         resumes = snapshot.memory is not None and not context.operation.params.get("paused", False)
         return Back(
             snapshot=snapshot.id,
             name=snapshot.name,
             why=why.message,
-            spec=spec,
+            spec=as_of(snapshot.spec, vm.spec),
             origin=snapshot.id if resumes else "",
             below=await _is_below(env, vm),
         )

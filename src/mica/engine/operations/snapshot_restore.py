@@ -18,9 +18,9 @@ from mica.engine.settle import moved, set_state, stopped, take_down
 from mica.engine.snapshots import check_parts, need_whole
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
-from mica.model.snapshot import Snapshot, SnapshotState
+from mica.model.snapshot import SnapshotState
 from mica.model.transitions import LIVE, VmVerb
-from mica.model.vm import Power, Vm, VmSpec, VmState
+from mica.model.vm import Power, VmSpec, VmState, as_of
 
 replace = msgspec.structs.replace
 
@@ -51,7 +51,7 @@ async def plan(proposal: Proposal) -> None:
     await need_whole(env, snapshot)
     proposal.draft.put(env.records.snapshots, snapshot.id, snapshot, row.generation)
     memory = body.memory and snapshot.memory is not None
-    back = replace(vm, spec=_spec(vm, snapshot), intent=Power.RUNNING if memory else Power.STOPPED)
+    back = replace(vm, spec=as_of(snapshot.spec, vm.spec), intent=Power.RUNNING if memory else Power.STOPPED)
     if memory:
         await reserve(proposal, back, overcommit=body.overcommit)
     proposal.stored_params = {
@@ -60,12 +60,6 @@ async def plan(proposal: Proposal) -> None:
         "start": memory,
         "origin": snapshot.id if memory else "",
     }
-
-
-def _spec(vm: Vm, snapshot: Snapshot) -> VmSpec:
-    """What it was made of then; what never was a part of the machine stays as it is now."""
-    now = vm.spec
-    return replace(snapshot.spec, protected=now.protected, autostart=now.autostart, ephemeral=now.ephemeral)
 
 
 def _params(context: Context) -> Revert:

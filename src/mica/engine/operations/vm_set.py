@@ -20,7 +20,7 @@ replace = msgspec.structs.replace
 
 SPEC_FIELDS = frozenset(
     {"cpus", "memory", "cpu_limit", "cpu_model", "disks", "nics", "boot", "display", "autostart", "protected"}
-    | {"stop_timeout_s"}
+    | {"stop_timeout_s", "last_valid"}
 )
 
 

@@ -30,11 +30,12 @@ async def plan(proposal: Proposal) -> None:
             f"VM {vm.name} is suspended, and its memory belongs to its disks as they are",
             hint=f"give its memory up first: `mica vm stop --discard {vm.name}`",
         )
-    if body.last_valid:
+    last_valid = body.last_valid or (vm.spec.last_valid and not wakes)
+    if last_valid:
         await reserve_most(proposal, vm, overcommit=body.overcommit)
     else:
         await reserve(proposal, _suspended(proposal, vm) if wakes else vm, overcommit=body.overcommit)
-    proposal.stored_params = {**proposal.stored_params, "wake": wakes}
+    proposal.stored_params = {**proposal.stored_params, "wake": wakes, "last_valid": last_valid}
     wanted = replace(vm, intent=Power.PAUSED if body.paused else Power.RUNNING)
     proposal.draft.put(proposal.env.records.vms, vm.id, wanted, proposal.vm.generation)
 
