@@ -111,7 +111,8 @@ def _parts(world: World) -> list[str]:
                 if i and not (i in known and (directory / i).exists())
             ]
     if (directory / ".scratch").is_dir():
-        out += [f"left over: {entry}" for entry in (directory / ".scratch").iterdir()]
+        merging = {f"merge-{id_}" for id_, part in known.items() if part.get("merging")}  # the next round goes on
+        out += [f"left over: {entry}" for entry in (directory / ".scratch").iterdir() if entry.name not in merging]
     return out + [f"staged by nobody: {file}" for file in (world.home / "volumes").glob("*/.*.staged.json")]
 
 
