@@ -160,7 +160,7 @@ class World:
 
     def qemus(self) -> list[int]:
         return sorted(
-            p for p, words in self.processes().items() if words.split()[0].rsplit("/", 1)[-1].startswith("qemu")
+            p for p, words in self.processes().items() if words.split()[0].rsplit("/", 1)[-1].startswith("qemu-system")
         )
 
     def groups(self) -> list[Path]:
