@@ -252,6 +252,23 @@ def test_wrong_usage_is_status_2(run: Any, argv: list[str], said: str) -> None:
     assert "--help" in ended.err or "hint" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("argv", "see"),
+    [
+        (["system", "list"], "mica --help"),
+        (["vm", "foo"], "mica vm --help"),
+        (["template", "foo"], "mica template --help"),
+        (["template", "set"], "mica template set --help"),
+        (["fork"], "mica fork --help"),
+    ],
+)
+def test_wrong_usage_names_a_help_that_there_is(run: Any, argv: list[str], see: str) -> None:
+    ended = run(*argv)
+    assert ended.err.endswith(f"hint: see: {see}\n")
+    assert not ended.err.splitlines()[0].endswith((",", ", ", "..."))
+    assert run(*see.split()[1:]).status == 0
+
+
 def test_the_guests_options_are_not_ours(run: Any) -> None:
     ended = run("vm", "exec", "web", "ls", "-l")
     assert ended.status == 2

@@ -76,6 +76,11 @@ The exit status is 0, or tells the class of error; `run` and `vm exec` pass the 
 """
 
 
+def commands() -> dict[str, bool]:
+    """The first words there are, and whether a verb follows each."""
+    return {c.name: c.path.endswith(":app") for section in SECTIONS for c in section.commands}
+
+
 def top_help(columns: int) -> str:
     """``mica --help``."""
     lines = ["Usage: mica COMMAND …", "", "Mica runs virtual machines on this computer.", ""]

@@ -133,13 +133,25 @@ def report(world: World, error: MicaError, as_json: bool) -> None:
 
 
 def _usage_error(world: World, error: Exception, argv: list[str], as_json: bool) -> int:
+    from mica.cli.app import commands
     from mica.model.errors import invalid
 
-    words = [word for word in argv[:2] if not word.startswith("-")]
-    known = words[:2] if words and words[0] in ("vm", "snapshot", "image", "operation", "host", "daemon") else words[:1]
-    hint = f"see: mica {' '.join(known)} --help".replace("  ", " ")
+    unknown = str(error).startswith("Unknown command")
+    known = _known_words(argv, commands(), verb=not unknown)
+    hint = f"see: {' '.join(['mica', *known, '--help'])}"
     if known in (["run"], ["vm", "exec"]) and "--" not in argv and "Unknown option" in str(error):
         hint = "put -- before the command for the guest: its options are then its own; " + hint
-    message = " ".join(str(error).split()).rstrip(".")
+    message = " ".join(str(error).split())
+    if unknown:  # the help that the hint names lists all there are
+        message = message.partition(" Available commands:")[0]
+    message = message.rstrip(".")
     report(world, invalid(message[0].lower() + message[1:] if message else "wrong usage", hint=hint), as_json)
     return USAGE
+
+
+def _known_words(argv: list[str], commands: dict[str, bool], *, verb: bool) -> list[str]:
+    """The words of ``argv`` that name something with a help of its own; without ``verb`` only the first."""
+    words = [word for word in argv[:2] if not word.startswith("-")]
+    if not words or words[0] not in commands:
+        return []
+    return words[:2] if verb and commands[words[0]] else words[:1]

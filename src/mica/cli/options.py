@@ -83,8 +83,8 @@ def _snapshot_names(context: CompletionContext) -> list[str]:
     return snapshots(context)
 
 
-Size = Annotated[int, Parameter(converter=_size, n_tokens=1)]
-Duration = Annotated[float, Parameter(converter=_duration, n_tokens=1)]
+Size = Annotated[int, Parameter(converter=_size, n_tokens=1, metavar="SIZE")]
+Duration = Annotated[float, Parameter(converter=_duration, n_tokens=1, metavar="DURATION")]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 Many = Annotated[tuple[str, ...], Parameter(negative=())]
 VmArg = Annotated[str, Parameter(completer=_vm_names)]
