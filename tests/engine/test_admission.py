@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from mica.engine.admission import Candidate, admit, room
+from mica.engine.admission import Candidate, Ways, admit, room
 from mica.engine.definition import Policy
 from mica.engine.records import Ledger, Reservation
 from mica.model.errors import Code, MicaError
@@ -65,7 +65,7 @@ def test_the_message_names_the_numbers_and_the_ways_out() -> None:
         "(512 MiB is kept for the host)"
     )
     ways = error.hint.split("; ")
-    assert ways[0] == "it would start with 412 MiB (`mica vm set web --memory 412M`)"
+    assert ways[0] == "it would start with 412 MiB (`--memory 412M`)"
     assert ways[1] == "stopping build-3 (4 GiB, idle 6d) would make it fit"
     assert ways[2] == "`--overcommit` insists"
     assert error.details["need"] == 4 * GIB + 100 * MIB
@@ -104,6 +104,36 @@ def test_overcommit_insists_on_memory_and_on_processors() -> None:
     assert error.message == "web has 5 vCPUs and this host has 4 processors"
     assert "--cpus 4" in error.hint
     ask(GIB, capacity(), cpus=5, overcommit=True)
+
+
+def test_a_vm_that_has_not_touched_what_it_was_promised_could_do_with_less() -> None:
+    """What is offered would make it fit: 4.1 GiB are wanted, 1 GiB is free, and 3.1 GiB are taken from one of 6 GiB."""
+    large = Candidate("id", "large", Bytes(6 * GIB + 100 * MIB), Bytes(2 * GIB), 100.0)
+    ledger = {"id": reservation(6 * GIB)}
+    host = capacity(used=2 * GIB)
+    error = refusal(4 * GIB, host, ledger, [large])
+    assert (
+        "less memory for large (2 GiB of 6.1 GiB touched) would make it fit: `mica vm set large --memory " in error.hint
+    )
+    left = int(error.hint.partition("vm set large --memory ")[2].partition("M")[0]) * MIB
+    ask(4 * GIB, host, {"id": reservation(left)}, [large])
+    assert refusal(4 * GIB, host, {"id": reservation(left + MIB)}, [large]).code is Code.INSUFFICIENT_MEMORY
+    full = Candidate("id", "large", Bytes(6 * GIB + 100 * MIB), Bytes(6 * GIB), 100.0)
+    assert "less memory for" not in refusal(4 * GIB, capacity(used=6 * GIB), ledger, [full]).hint
+
+
+def test_the_ways_out_are_those_of_whoever_asked() -> None:
+    def hint(ways: Ways, *, cpus: int = 1) -> str:
+        spec = VmSpec(memory=Bytes(16 * GIB), cpus=cpus)
+        with pytest.raises(MicaError) as caught:
+            admit("web", spec, reservation(16 * GIB), capacity(), Ledger({}), [], reserve=RESERVE, ways=ways)
+        return caught.value.hint
+
+    assert "(`mica vm set web --memory " in hint(Ways("mica vm set web "))
+    assert "`mica vm set web --cpus 4`" in hint(Ways("mica vm set web "), cpus=5)
+    for cpus in (1, 5):  # what goes on with its memory is as large as that
+        assert hint(Ways(change=None), cpus=cpus) == "`--overcommit` insists"
+    assert hint(Ways(insist="this insists"), cpus=5).endswith("; this insists")
 
 
 async def test_a_start_that_does_not_fit_touches_nothing() -> None:
@@ -146,6 +176,20 @@ async def test_two_starts_never_both_take_the_last_memory() -> None:
         assert len(life.rig.world.processes) == 1
 
 
+async def test_what_is_refused_at_its_creation_is_told_without_naming_what_is_not_there() -> None:
+    async with living(memory=4 * GIB) as life:
+        error = await refused(
+            life, Code.INSUFFICIENT_MEMORY, "vm.create", "", VmCreate(name="a", memory=Bytes(5 * GIB), start=True)
+        )
+        assert "(`--memory " in error.hint
+        assert "mica vm set" not in error.hint
+        await create(life, "b", memory=Bytes(5 * GIB))
+        assert (
+            "(`mica vm set b --memory "
+            in (await refused(life, Code.INSUFFICIENT_MEMORY, "vm.start", "b", VmStart())).hint
+        )
+
+
 async def test_overcommit_starts_what_was_refused() -> None:
     async with living(memory=4 * GIB) as life:
         await create(life, "a", memory=Bytes(5 * GIB))
@@ -185,6 +229,9 @@ async def test_a_restart_with_more_memory_is_admitted_too() -> None:
         error = await refused(life, Code.INSUFFICIENT_MEMORY, "vm.restart", "a", VmStop())
         # What it has now is free by then, so it is no candidate for being stopped.
         assert "stopping" not in error.hint
+        assert "`mica vm set a --memory " in error.hint
+        # The verb itself cannot insist.
+        assert error.hint.endswith("`mica vm stop a` and `mica vm start --overcommit a` insist")
         await do(life, "vm.set", "a", VmSet(memory=Bytes(2 * GIB)))
         await do(life, "vm.restart", "a", VmStop())
         assert life.rig.world.process("a").plan.vm.spec.memory == 2 * GIB

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -60,20 +60,46 @@ def _stoppable(candidates: Sequence[Candidate], missing: int) -> tuple[Candidate
     return tuple(chosen) if missing <= 0 else ()
 
 
-def _ways_out(name: str, spec: VmSpec, least: int, need: Reservation, candidates: Sequence[Candidate]) -> list[str]:
-    out = []
-    fits = (least - need.overhead) // MIB * MIB
-    if fits >= MIN_MEMORY:
-        out.append(f"it would start with {format_size(fits)} (`mica vm set {name} --memory {fits // MIB}M`)")
-    stop = _stoppable(candidates, need.ram + need.overhead - least)
-    if stop:
+class Ways(msgspec.Struct, frozen=True):
+    """How whoever asked can have it otherwise. ``change`` comes before the options that make the VM smaller, ``None``
+    where its size is given by the memory that it goes on with; ``insist`` is a sentence."""
+
+    change: str | None = ""
+    insist: str = "`--overcommit` insists"
+
+
+USUAL = Ways()
+
+
+def _shrinkable(ledger: Ledger, candidates: Sequence[Candidate], missing: int) -> tuple[Candidate, int] | None:
+    """The VM that has touched least of what it was promised, when that is enough, and the RAM in MiB that it keeps."""
+    best = max(
+        (c for c in candidates if c.vm_id in ledger.reserved), key=lambda c: int(c.memory) - int(c.used), default=None
+    )
+    if best is None:
+        return None
+    left = (ledger.reserved[best.vm_id].ram - missing) // MIB
+    return (best, left) if left * MIB >= max(MIN_MEMORY, best.used) else None
+
+
+def _ways_out(most: int, missing: int, ledger: Ledger, candidates: Sequence[Candidate], ways: Ways) -> Iterator[str]:
+    fits = most // MIB
+    if fits * MIB >= MIN_MEMORY and ways.change is not None:
+        yield f"it would start with {format_size(Bytes(fits * MIB))} (`{ways.change}--memory {fits}M`)"
+    if stop := _stoppable(candidates, missing):
         each = ", ".join(
             f"{c.name} ({format_size(c.memory)}" + (f", idle {format_duration(c.idle_s)})" if c.idle_s else ")")
             for c in stop
         )
-        out.append(f"stopping {each} would make it fit")
-    out.append("`--overcommit` insists")
-    return out
+        yield f"stopping {each} would make it fit"
+    if shrink := _shrinkable(ledger, candidates, missing):
+        other, left = shrink
+        touched = f"{format_size(other.used)} of {format_size(other.memory)} touched"
+        yield (
+            f"less memory for {other.name} ({touched}) would make it fit: "
+            f"`mica vm set {other.name} --memory {left}M` and a restart of it"
+        )
+    yield ways.insist
 
 
 def admit(
@@ -86,13 +112,16 @@ def admit(
     *,
     reserve: int,
     overcommit: bool = False,
+    ways: Ways = USUAL,
 ) -> None:
     """Raises ``insufficient-memory`` with the numbers and the ways out, ``insufficient-cpu`` beyond the host's."""
     if spec.cpus > capacity.cpus and not overcommit:
         raise MicaError(
             Code.INSUFFICIENT_CPU,
             f"{name} has {spec.cpus} vCPUs and this host has {capacity.cpus} processors",
-            hint=f"give it at most {capacity.cpus} (`--cpus {capacity.cpus}`); `--overcommit` insists",
+            hint=f"give it at most {capacity.cpus} (`{ways.change}--cpus {capacity.cpus}`); {ways.insist}"
+            if ways.change is not None
+            else ways.insist,
             details={"vcpus": spec.cpus, "cpus": capacity.cpus},
         )
     left = room(capacity, ledger, running, reserve)
@@ -100,13 +129,12 @@ def admit(
     if overcommit or (wanted <= left.promised and wanted <= left.free):
         return
     least = max(0, left.least)
-    ways = _ways_out(name, spec, least, need, running)
     raise MicaError(
         Code.INSUFFICIENT_MEMORY,
         f"{name} needs {format_size(wanted)} ({format_size(need.ram)} of RAM, {format_size(need.overhead)} for QEMU); "
         f"{format_size(least)} of {format_size(capacity.memory)} is free for VMs "
         f"({format_size(reserve)} is kept for the host)",
-        hint="; ".join(ways),
+        hint="; ".join(_ways_out(least - need.overhead, wanted - least, ledger, running, ways)),
         details={
             "need": wanted,
             "free": least,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from mica.engine.admission import Ways
 from mica.engine.definition import Context, Definition, Proposal, Step
 from mica.engine.operations.snapshot_create import layered_disks
 from mica.engine.operations.starting import PROMISE, START, reserve
@@ -53,7 +54,7 @@ async def plan(proposal: Proposal) -> None:
     memory = body.memory and snapshot.memory is not None
     back = replace(vm, spec=as_of(snapshot.spec, vm.spec), intent=Power.RUNNING if memory else Power.STOPPED)
     if memory:
-        await reserve(proposal, back, overcommit=body.overcommit)
+        await reserve(proposal, back, overcommit=body.overcommit, ways=Ways(change=None))
     proposal.stored_params = {
         **proposal.stored_params,
         "spec": msgspec.to_builtins(back.spec),

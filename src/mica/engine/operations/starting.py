@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from mica.engine import boots
-from mica.engine.admission import admit, with_room
+from mica.engine.admission import Ways, admit, with_room
 from mica.engine.damage import explained, sound
 from mica.engine.definition import Context, Env, Proposal, Step
 from mica.engine.operations.quiescing import let_go
@@ -37,10 +37,11 @@ def slice_limits(spec: VmSpec, overhead: int) -> SliceLimits:
     return SliceLimits(cpus, Bytes(spec.memory + 2 * overhead))
 
 
-async def reserve(proposal: Proposal, vm: Vm, *, overcommit: bool) -> None:
+async def reserve(proposal: Proposal, vm: Vm, *, overcommit: bool, ways: Ways | None = None) -> None:
     """Admission: promise the memory within the accepting transaction, or raise with numbers and ways out.
 
-    The spec is kept with the operation: what is admitted is what starts, whatever is set in the meantime.
+    The spec is kept with the operation: what is admitted is what starts, whatever is set in the meantime. ``ways`` are
+    those out of a refusal, by default those of whoever starts a VM that is there.
     """
     env = proposal.env
     await env.hypervisor.check(vm.spec)
@@ -63,6 +64,7 @@ async def reserve(proposal: Proposal, vm: Vm, *, overcommit: bool) -> None:
                 [c for c in running if c.vm_id not in away],
                 reserve=env.policy.reserve,
                 overcommit=overcommit,
+                ways=ways or Ways(f"mica vm set {vm.name} "),
             )
 
         try:

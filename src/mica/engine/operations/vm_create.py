@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from mica.engine.admission import Ways
 from mica.engine.boots import Hidden
 from mica.engine.definition import Context, Definition, Env, Proposal, Step
 from mica.engine.operations.booting import begin_booted, hidden_vm
@@ -130,14 +131,16 @@ def make_spec(vm_id: str, body: VmCreate, image: Image | None) -> VmSpec:
     )
 
 
-async def claim_name(env: Env, draft: Draft, name: str, vm_id: str) -> None:
+async def claim_name(
+    env: Env, draft: Draft, name: str, vm_id: str, hint: str = "choose another name, or delete that one first"
+) -> None:
     """Take a VM name within ``draft``. Raises ``exists`` naming the holder."""
     taken = await env.records.names.get(name)
     if taken is not None and taken.value.holder != vm_id:
         raise MicaError(
             Code.EXISTS,
             f"there is a VM {name} already ({taken.value.holder[:8]})",
-            hint="choose another name, or delete that one first",
+            hint=hint,
             details={"name": name, "id": taken.value.holder},
         )
     draft.put(env.records.names, name, Claim(vm_id, at=env.clock.now()), taken.generation if taken else ABSENT)
@@ -196,13 +199,15 @@ async def admit_new(proposal: Proposal, vm: Vm) -> None:
         draft.put(env.records.images, vm.spec.image, held.value, held.generation)
     draft.put(env.records.slots, str(vm.slot), Claim(vm.id, at=vm.created_at), ABSENT)
     draft.put(env.records.vms, vm.id, vm, ABSENT)
-    status = VmStatus(
-        observed=VmObserved(state=VmState.CREATING, since=vm.created_at), becoming=await yet_to_become(proposal, vm)
-    )
+    becoming = await yet_to_become(proposal, vm)
+    status = VmStatus(observed=VmObserved(state=VmState.CREATING, since=vm.created_at), becoming=becoming)
     draft.put(env.records.statuses, vm.id, status, ABSENT)
     await env.hypervisor.check(vm.spec)
     if proposal.params.start:
-        await reserve(proposal, vm, overcommit=proposal.params.overcommit)
+        # A copy that runs on has the memory of its original.
+        runs_on = bool(proposal.stored_params.get("snapshot")) and becoming is None
+        ways = Ways(change=None if runs_on else "")
+        await reserve(proposal, vm, overcommit=proposal.params.overcommit, ways=ways)
 
 
 async def erase(env: Env, vm_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from mica.engine.admission import Ways
 from mica.engine.damage import unmarked
 from mica.engine.definition import Definition, Proposal
 from mica.engine.operations.starting import PROMISE, START, reserve
@@ -18,7 +19,8 @@ async def plan(proposal: Proposal) -> None:
     assert proposal.vm is not None
     vm = proposal.vm.value
     await unmarked(proposal.env, vm)  # before it is stopped
-    await reserve(proposal, vm, overcommit=False)
+    insist = f"`mica vm stop {vm.name}` and `mica vm start --overcommit {vm.name}` insist"
+    await reserve(proposal, vm, overcommit=False, ways=Ways(f"mica vm set {vm.name} ", insist))
     wanted = msgspec.structs.replace(vm, intent=Power.RUNNING)
     proposal.draft.put(proposal.env.records.vms, vm.id, wanted, proposal.vm.generation)
 

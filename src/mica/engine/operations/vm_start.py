@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from mica.engine.admission import Ways
 from mica.engine.definition import Definition, Proposal, Step
 from mica.engine.operations.salvaging import SALVAGE, reserve_most, result
 from mica.engine.operations.starting import PROMISE, START, reserve
@@ -34,7 +35,9 @@ async def plan(proposal: Proposal) -> None:
     if last_valid:
         await reserve_most(proposal, vm, overcommit=body.overcommit)
     else:
-        await reserve(proposal, _suspended(proposal, vm) if wakes else vm, overcommit=body.overcommit)
+        # What lies on disk of a suspended VM is of one size.
+        ways = Ways(change=None) if wakes else None
+        await reserve(proposal, _suspended(proposal, vm) if wakes else vm, overcommit=body.overcommit, ways=ways)
     proposal.stored_params = {**proposal.stored_params, "wake": wakes, "last_valid": last_valid}
     wanted = replace(vm, intent=Power.PAUSED if body.paused else Power.RUNNING)
     proposal.draft.put(proposal.env.records.vms, vm.id, wanted, proposal.vm.generation)
