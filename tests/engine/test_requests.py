@@ -391,9 +391,11 @@ async def test_a_restore_waits_behind_nothing_and_takes_a_new_name_when_the_old_
         first = await create(life, "a")
         await do(life, "vm.delete", "a", VmDelete())
         await create(life, "a")
-        error = await refused(life, Code.EXISTS, "vm.restore", first.id, VmRestore())
-        assert "a" in error.message
-        await do(life, "vm.restore", first.id, VmRestore(name="c"))
+        for meant in (first.id, "a"):  # a VM that lives has that name, and is not what can be restored
+            error = await refused(life, Code.EXISTS, "vm.restore", meant, VmRestore())
+            assert "a" in error.message
+            assert "mica vm restore a --name" in error.hint
+        await do(life, "vm.restore", "a", VmRestore(name="c"))
         back = await life.engine.views.vm("c")
         assert (back.id, back.deleted_at, back.expires_at, back.observed.state) == (
             first.id,

@@ -197,7 +197,7 @@ class Engine:
         if definition is None:
             raise not_found("verb", verb)
         if definition.noun == "vm" and not definition.creates:
-            target = await self.env.records.resolve_vm(target)
+            target = await self.env.records.resolve_vm(target, trashed=verb == VmVerb.RESTORE)
         elif definition.creates:
             target = str(self._new_id())
         digest = hashlib.sha256(msgspec.json.encode([verb, target if not definition.creates else "", params]))

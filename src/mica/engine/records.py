@@ -212,8 +212,14 @@ class Records:
         """Take back what was promised to a VM. Idempotent."""
         await self.promise(vm_id, None)
 
-    async def resolve_vm(self, ref: str) -> str:
-        """The id of the VM meant by a name, an id, or the unique beginning (8 characters or more) of an id."""
+    async def resolve_vm(self, ref: str, *, trashed: bool = False) -> str:
+        """The id of the VM meant by a name, an id, or the unique beginning (8 characters or more) of an id.
+
+        A name means the VM that bears it; with ``trashed`` the one in the trash that bore it, where there is one: the
+        one deleted last.
+        """
+        if trashed and (deleted := await self._deleted(ref)):
+            return deleted
         claim = await self.names.get(ref)
         if claim is not None:
             return claim.value.holder
@@ -227,10 +233,18 @@ class Records:
                 return hits[0]
             if hits:
                 raise MicaError(Code.INVALID, f"{ref!r} begins the id of several VMs", hint="write more of it")
-        for id_, row in (await self.vms.scan()).items():
-            if row.value.name == ref and row.value.deleted_at is not None:
-                return id_
-        raise not_found("VM", ref, hint="`mica vm list --trash` lists them all")
+        if deleted := await self._deleted(ref):
+            return deleted
+        raise not_found("VM", ref, hint="`mica vm list` lists those there are, `mica vm list --trash` the deleted ones")
+
+    async def _deleted(self, name: str) -> str:
+        """The id of the VM of this name that was deleted last and is in the trash; empty for none."""
+        found = [
+            (row.value.deleted_at, id_)
+            for id_, row in (await self.vms.scan()).items()
+            if row.value.name == name and row.value.deleted_at is not None
+        ]
+        return max(found)[1] if found else ""
 
     async def resolve_snapshot(self, vm_id: str, ref: str) -> str:
         """The id of a VM's snapshot meant by a name, an id, or the unique beginning of an id. Raises ``not-found``."""

@@ -101,7 +101,8 @@ async def plan_restore(proposal: Proposal) -> None:
     name = check_name(proposal.params.name, "VM name") if proposal.params.name else vm.name
     proposal.stored_params = {"old_name": vm.name, "deleted_at": vm.deleted_at, "expires_at": vm.expires_at}
     proposal.target_name = name
-    await claim_name(env, proposal.draft, name, vm.id)
+    hint = f"give it another: `mica vm restore {vm.name} --name NAME`"
+    await claim_name(env, proposal.draft, name, vm.id, hint)
     proposal.draft.put(env.records.vms, vm.id, replace(vm, name=name), proposal.vm.generation)
 
 
