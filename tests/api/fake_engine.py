@@ -146,7 +146,7 @@ class FakeEngine(FakeSnapshots):
             raise invalid(f"cannot resolve by {how!r}", hint="use retry or accept")
         if operation.state is not OperationState.STUCK:
             raise MicaError(Code.STATE_CONFLICT, f"operation {operation_id} is not stuck")
-        return await self.finish(operation_id, OperationState.FAILED)
+        return await self.finish(operation.id, OperationState.FAILED)
 
     async def _put(self, view: VmView) -> VmView:
         revision = await self.tell("vm", view.id, view)
@@ -298,9 +298,10 @@ class FakeEngine(FakeSnapshots):
         return VmPage(revision=self.now, items=items, next=items[-1].id if len(wanted) > limit else "")
 
     async def operation(self, operation_id: str) -> Operation:
-        if operation_id not in self.jobs:
+        meant = [id_ for id_ in self.jobs if id_.startswith(operation_id)] if len(operation_id) >= 8 else []
+        if operation_id not in self.jobs and len(meant) != 1:
             raise not_found("operation", operation_id, hint="`mica operation list` shows them")
-        return self.jobs[operation_id]
+        return self.jobs.get(operation_id) or self.jobs[meant[0]]
 
     async def operations(
         self, *, after: str = "", limit: int = 100, vm: str = "", active: bool = False

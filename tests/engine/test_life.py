@@ -217,6 +217,8 @@ async def test_what_is_set_on_a_running_vm_is_live_or_pending() -> None:
         assert operation.result == {"pending": ["cpus", "memory"]}
         vm = await life.engine.views.vm("a")
         assert vm.pending == ("cpus", "memory")
+        assert vm.running is not None
+        assert (vm.spec.cpus, vm.spec.memory, vm.running.cpus) == (2, GIB, 1)
         assert vm.spec.autostart
         world = life.rig.world
         assert world.slices[vm_id].cpus == 0.5

@@ -21,6 +21,7 @@ from mica.cli.vm_show import describe
 from mica.model.doctor import DoctorReport, Finding, Status
 from mica.model.errors import TABLE, Code, MicaError, Problem
 from mica.model.operation import Operation, OperationState
+from mica.model.units import Bytes
 from mica.model.views import VmCreate, VmSet
 from mica.model.vm import Publish
 from tests.unit.client_fixtures import Ended, Served, mica, served
@@ -191,6 +192,19 @@ def test_what_is_pending_is_said(api: Served, run: Any) -> None:
     text = describe(waiting, now=view.created_at)
     assert "pending:" in text
     assert "cpus, memory: from the next start on (mica vm restart web)" in text
+
+
+def test_what_runs_is_told_from_what_waits(api: Served, run: Any) -> None:
+    run("vm", "create", "--name", "web", "--cpus", "1", "--memory", "512M")
+    (view,) = api.engine.machines.values()
+    later = replace(view.spec, cpus=7, memory=Bytes(2 << 30))
+    api.engine.machines[view.id] = replace(view, spec=later, running=view.spec, pending=("cpus", "memory"))
+    (line,) = run("vm", "list").out.splitlines()[1:]
+    assert "512 MiB" in line
+    assert "2 GiB" not in line
+    shown = run("vm", "show", "web").out
+    assert "1 (7 from the next start on)" in shown
+    assert "512 MiB (2 GiB from the next start on)" in shown
 
 
 def test_show_says_what_went_wrong(api: Served, run: Any) -> None:
@@ -458,6 +472,26 @@ def test_tables() -> None:
     assert text == "NAME        N\na          10\nlong-name   7"
     assert facts((("one", "1"), ("none", ""), ("three", "a\nb"))) == "one:   1\nthree: a\n       b"
     assert "\x1b" not in table(("NAME",), [("evil\x1b[2J",)])
+
+
+def test_tables_fit_the_terminal() -> None:
+    rows = [("a-long-name-of-a-vm", "t" * 30, "12", "u" * 10), ("b", "short", "3", "v")]
+    text = table(("NAME", "TEXT", "N", "MORE"), rows, right=(2,), width=50)
+    assert max(map(len, text.splitlines())) == 50
+    assert "a-long-name-of-a-vm  tttt" in text
+    assert "…" in text
+    assert "t" * 30 in table(("NAME", "TEXT", "N", "MORE"), rows, right=(2,))
+    # What cannot be narrower is not: the names are whole.
+    assert "a-long-name-of-a-vm" in table(("NAME", "TEXT", "N", "MORE"), rows, width=10)
+
+
+def test_tables_on_a_terminal_have_its_width(api: Served, run: Any) -> None:
+    for number in range(3):
+        run("vm", "create", "--name", f"a-rather-long-name-number-{number}", "--description", "d" * 90)
+    bare = {"COLUMNS": "72", "NO_COLOR": "1"}
+    whole = run("operation", "list", environ=bare).out.splitlines()
+    lines = run("operation", "list", terminal=True, environ=bare).out.splitlines()
+    assert max(map(len, whole)) > 72 >= max(map(len, lines))
 
 
 def test_texts_of_guests_do_not_drive_the_terminal() -> None:

@@ -26,7 +26,7 @@ _CANCEL_TIMEOUT_S = 600.0
 
 
 class Context:
-    """Made once per command and given to it as ``ctx``."""
+    """Made once per command and given to it as ``ctx``. ``width`` is the terminal's, ``None`` where there is none."""
 
     def __init__(self, world: World, options: Options, interrupts: Interrupts) -> None:
         self.world = world
@@ -34,6 +34,7 @@ class Context:
         self.interrupts = interrupts
         self.json = options.json
         self.colour = not options.json and world.colour(world.stdout)
+        self.width = world.columns(world.stdout) if world.is_terminal(world.stdout) else None
         self.now = time.time()
 
     def client(self, *, autostart: bool = True) -> Client:

@@ -37,7 +37,7 @@ def _list(ctx: Context, views: list[ImageView]) -> str:
         )
         for view in views
     ]
-    return table(head, rows, right=(3, 4, 5, 6), colour=ctx.colour)
+    return table(head, rows, right=(3, 4, 5, 6), colour=ctx.colour, width=ctx.width)
 
 
 def short_digest(digest: str) -> str:

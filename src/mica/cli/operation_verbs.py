@@ -43,7 +43,7 @@ def operations_table(found: list[Operation], ctx: Context) -> str:
     head = ("ID", "VERB", "TARGET", "STATE", "BY", "AGE", "TOOK", "ABOUT")
     rows = [
         (
-            item.id,
+            item.id[:8],  # enough for every command here
             item.verb,
             item.target_name or item.target,
             item.state.value,
@@ -54,7 +54,7 @@ def operations_table(found: list[Operation], ctx: Context) -> str:
         )
         for item in found
     ]
-    return table(head, rows, right=(5, 6), colour=ctx.colour)
+    return table(head, rows, right=(5, 6), colour=ctx.colour, width=ctx.width)
 
 
 def took(operation: Operation, now: float) -> str:
@@ -70,7 +70,7 @@ async def show(operation: OperationArg, /, *, options: Options = DEFAULTS, ctx: 
     Parameters
     ----------
     operation
-        Id of the operation.
+        Id of the operation, or its beginning.
     """
     async with ctx.client() as client:
         found = await client.operations.get(operation)
@@ -124,7 +124,7 @@ async def wait(
     Parameters
     ----------
     operation
-        Id of the operation.
+        Id of the operation, or its beginning.
     operations
         Further operations.
     timeout
@@ -148,7 +148,7 @@ async def cancel(operation: OperationArg, /, *, options: Options = DEFAULTS, ctx
     Parameters
     ----------
     operation
-        Id of the operation.
+        Id of the operation, or its beginning.
     """
     async with ctx.client() as client:
         await client.operations.cancel(operation)
@@ -169,7 +169,7 @@ async def resolve(
     Parameters
     ----------
     operation
-        Id of the operation.
+        Id of the operation, or its beginning.
     how
         retry: try again to undo; accept: what is left stays as it is.
     """

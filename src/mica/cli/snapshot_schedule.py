@@ -50,10 +50,10 @@ async def schedules(*, options: Options = DEFAULTS, ctx: Annotated[Context, Hidd
     """List what has snapshots taken by itself, and when the next ones are."""
     async with ctx.client() as client:
         views = await client.schedules.list()
-    ctx.emit(views, lambda: _table(views) if views else "no schedules; make one with: mica snapshot schedule VM")
+    ctx.emit(views, lambda: _table(ctx, views) if views else "no schedules; make one with: mica snapshot schedule VM")
 
 
-def _table(views: list[ScheduleView]) -> str:
+def _table(ctx: Context, views: list[ScheduleView]) -> str:
     rows = [
         (
             view.schedule.id[:8],
@@ -68,7 +68,7 @@ def _table(views: list[ScheduleView]) -> str:
         for view in views
     ]
     head = ("ID", "OF", "EVERY", "KEEPS", "MEMORY", "NEXT", "VMS", "SNAPSHOTS")
-    return table(head, rows, right=(6, 7))
+    return table(head, rows, right=(6, 7), colour=ctx.colour, width=ctx.width)
 
 
 async def unschedule(schedule: str, /, *, options: Options = DEFAULTS, ctx: Annotated[Context, Hidden]) -> None:

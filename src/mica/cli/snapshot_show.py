@@ -105,7 +105,7 @@ def _table(ctx: Context, nodes: list[Node]) -> str:
         )
         for node in nodes
     ]
-    return table(head, rows, right=(1, 2), colour=ctx.colour)
+    return table(head, rows, right=(1, 2), colour=ctx.colour, width=ctx.width)
 
 
 def state(view: SnapshotView) -> str:

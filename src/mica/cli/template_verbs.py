@@ -71,7 +71,7 @@ def _list(ctx: Context, views: list[SnapshotView]) -> str:
         ctx.say("no templates yet; make one with: mica template create VM")
         return ""
     head = ("NAME", "VCPUS", "RAM", "SIZE", "AGE", "MEMORY", "STATE", "USED BY", "ABOUT")
-    return table(head, [_row(view, ctx.now) for view in views], right=(1, 2, 3, 4), colour=ctx.colour)
+    return table(head, [_row(view, ctx.now) for view in views], right=(1, 2, 3, 4), colour=ctx.colour, width=ctx.width)
 
 
 def _row(view: SnapshotView, now: float) -> tuple[str, ...]:

@@ -7,6 +7,9 @@ from datetime import datetime
 
 from mica.model.units import format_duration, format_size
 
+# What a column of text is left with at least.
+NARROW = 8
+
 GREEN, YELLOW, RED, DIM, BOLD = "32", "33", "31", "2", "1"
 
 STATE_STYLES = {
@@ -60,13 +63,36 @@ def moment(at: float | None) -> str:
     return "-" if at is None else datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
+def _narrowed(widths: list[int], kept: set[int], width: int) -> list[int]:
+    """``widths`` that together fit ``width`` columns, the widest cut first; those ``kept`` stay as they are."""
+    out = list(widths)
+    most = width - 2 * (len(out) - 1)
+    while sum(out) > most:
+        widest = max((i for i in range(len(out)) if i not in kept), key=lambda i: out[i], default=None)
+        if widest is None or out[widest] <= NARROW:
+            break
+        out[widest] -= 1
+    return out
+
+
 def table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = (), colour: bool = False
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Iterable[int] = (),
+    colour: bool = False,
+    width: int | None = None,
 ) -> str:
-    """Columns as wide as their widest cell, two spaces apart; ``right`` are right-aligned; states are coloured."""
+    """Columns as wide as their widest cell, two spaces apart; ``right`` are right-aligned; states are coloured.
+
+    Where it is wider than ``width``, texts are cut, but never the first column, by which things are called.
+    """
     body = [[clean(cell).replace("\n", " ") or "-" for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(head), *body]) for i in range(len(head))]
     rights = set(right)
+    if width is not None:
+        widths = _narrowed(widths, {0, *rights}, width)
+        body = [[c if len(c) <= w else f"{c[: w - 1]}…" for c, w in zip(row, widths, strict=True)] for row in body]
 
     def line(cells: Sequence[str], style: str = "") -> str:
         padded = [c.rjust(w) if i in rights else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]

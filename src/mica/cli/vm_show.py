@@ -56,8 +56,8 @@ def _list(ctx: Context, views: list[VmView]) -> str:
             view.name,
             view.observed.state.value,
             view.image_name,
-            str(view.spec.cpus),
-            size(view.spec.memory),
+            str((view.running or view.spec).cpus),
+            size((view.running or view.spec).memory),
             "-" if view.usage.cpu is None else f"{view.usage.cpu * 100:.0f} %",
             size(view.usage.memory),
             address(view),
@@ -65,7 +65,7 @@ def _list(ctx: Context, views: list[VmView]) -> str:
         )
         for view in views
     ]
-    return table(head, rows, right=(3, 4, 5, 6, 8), colour=ctx.colour)
+    return table(head, rows, right=(3, 4, 5, 6, 8), colour=ctx.colour, width=ctx.width)
 
 
 def _trash(ctx: Context, views: list[VmView]) -> str:
@@ -77,7 +77,7 @@ def _trash(ctx: Context, views: list[VmView]) -> str:
         (view.name, view.id[:8], view.image_name, f"{age(view.deleted_at, ctx.now)} ago", moment(view.expires_at))
         for view in views
     ]
-    return table(head, rows, colour=ctx.colour)
+    return table(head, rows, colour=ctx.colour, width=ctx.width)
 
 
 def address(view: VmView) -> str:
@@ -104,6 +104,7 @@ async def show(vm: VmArg, /, *, options: Options = DEFAULTS, ctx: Annotated[Cont
 def describe(view: VmView, now: float, snapshot: Snapshot | None = None, *, colour: bool = False) -> str:
     """All of a VM for a reader; ``snapshot`` is the one that its present state descends from."""
     observed, spec = view.observed, view.spec
+    has = view.running or spec
     state = observed.state.value
     wanted = f"wanted: {view.intent}" if view.intent.value != state else ""
     since = f"for {age(observed.since, now)}" if observed.since else ""
@@ -127,8 +128,8 @@ def describe(view: VmView, now: float, snapshot: Snapshot | None = None, *, colo
             ("not yet own", "\n".join(_shared(item) for item in view.identity if not item.done)),
             ("snapshot", _snapshot(view, snapshot)),
             ("machine", f"{spec.machine}, {spec.firmware}, {view.accelerator or 'not running'}"),
-            ("vCPUs", f"{spec.cpus}{limit}"),
-            ("memory", size(spec.memory)),
+            ("vCPUs", f"{has.cpus}{_later(has.cpus, spec.cpus)}{limit}"),
+            ("memory", f"{size(has.memory)}{_later(size(has.memory), size(spec.memory))}"),
             ("use", _use(view)),
             ("disks", "\n".join(_disk(disk) for disk in spec.disks)),
             ("network", "\n".join(_nic(nic) for nic in view.nics) or ", ".join(nic.network for nic in spec.nics)),
@@ -154,6 +155,10 @@ def describe(view: VmView, now: float, snapshot: Snapshot | None = None, *, colo
 
 def _pending(view: VmView) -> str:
     return f"{', '.join(view.pending)}: from the next start on (mica vm restart {view.name})" if view.pending else ""
+
+
+def _later(has: object, will: object) -> str:
+    return "" if has == will else f" ({will} from the next start on)"
 
 
 def _shared(item: IdentityItem) -> str:

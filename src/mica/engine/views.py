@@ -133,6 +133,7 @@ class Views:
     ) -> VmView:
         value, runtime = vm.value, status.runtime
         machine = runtime or status.suspended
+        pending = pending_changes(value.spec, machine.spec) if machine else ()
         return VmView(
             id=value.id,
             name=value.name,
@@ -147,7 +148,8 @@ class Views:
             created_by=value.created_by,
             deleted_at=value.deleted_at,
             expires_at=value.expires_at,
-            pending=pending_changes(value.spec, machine.spec) if machine else (),
+            pending=pending,
+            running=machine.spec if machine and pending else None,
             operations=operations,
             accelerator=runtime.accelerator if runtime else "",
             process=runtime.process if runtime else None,

@@ -54,14 +54,13 @@ class VmUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VmView(msgspec.Struct, frozen=True, kw_only=True):
-    """One VM: intent (``spec``, ``intent``), observed, and the operations about it.
-
-    ``generation`` is what ``If-Match`` takes. ``pending`` names the fields of ``spec`` that wait for a restart.
-    ``operations`` are the ids of operations that are queued or running. ``reduced`` says in words what this VM does
-    not get on this host, the jail being its only boundary under TCG among them. ``snapshot`` is the id of the snapshot
-    that its present state descends from, ``forked_from`` the name of the VM that it began as a copy of; ``identity``
-    tells what a copy has of its own by now, and what it shares with that VM still. ``damaged`` says what a check found
-    wrong with the layers of snapshots that its disks lie over, and with the memory that it shares.
+    """One VM: intent (``spec``, ``intent``), observed, and the operations about it. ``generation`` is what ``If-Match``
+    takes. ``pending`` names the fields of ``spec`` that wait for a restart; then ``running`` is what it runs with.
+    ``operations`` are the ids of those that are queued or running. ``reduced`` says what this VM does not get on this
+    host, the jail being its only boundary under TCG among it. ``snapshot`` is the id of the snapshot that its present
+    state descends from, ``forked_from`` the name of the VM that it began as a copy of; ``identity`` tells what a copy
+    has of its own by now, and what it shares with that VM still. ``damaged`` says what a check found wrong with layers
+    that its disks lie over, and with the memory that it shares.
     """
 
     id: str
@@ -78,6 +77,7 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     deleted_at: float | None = None
     expires_at: float | None = None
     pending: tuple[str, ...] = ()
+    running: VmSpec | None = None
     operations: tuple[str, ...] = ()
     accelerator: str = ""
     process: ProcessRef | None = None
