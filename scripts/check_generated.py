@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mica.api.openapi import document
+from mica.cli.reference import markdown
 from mica.daemon.settings import SETTINGS
 from mica.testing.docs import PAGES
 
@@ -34,6 +35,7 @@ def generated() -> dict[Path, Callable[[], bytes]]:
     pages: dict[Path, Callable[[], bytes]] = {
         Path("openapi.json"): document,
         Path("docs/reference/settings.md"): settings_page,
+        Path("docs/reference/cli.md"): lambda: markdown().encode(),
     }
     for name, make in PAGES.items():
         pages[Path("docs") / name] = lambda make=make: make().encode()  # type: ignore[misc]
