@@ -97,6 +97,7 @@ ORIGIN = Origin(
     ram_file=Path("/nowhere/ram"),
     devices=Path("/nowhere/devices"),
     build=MachineBuild(qemu="", machine="", cpu="", accelerator=""),
+    inside=1,
 )
 
 SPECS: dict[str, VmSpec] = {

@@ -96,6 +96,15 @@ async def _goes_on(world: World, before: VmHandle) -> None:
         assert (view.process, view.nics, view.reduced) == (before.view.process, before.view.nics, before.view.reduced)
         assert await fetch(view.nics[0].publish[0].host_port) == "from the guest"
         vm = await client.vms.get("reduced")
+        taken = await vm.snapshot("moment")
+        assert taken.snapshot.lost == ("the connections of net0, whose network is a part of QEMU",)
+        assert await fetch(view.nics[0].publish[0].host_port) == "from the guest"
+        assert (await vm.snapshot("later")).snapshot.lost == ()  # it stays in its QEMU from now on
+        (copy,) = await vm.fork()
+        assert str(await copy.exec("echo", "here")) == "here"
+        await copy.remove()
+        await vm.restore_snapshot("later", keep=False)
+        assert await fetch((await vm.refresh()).nics[0].publish[0].host_port) == "from the guest"
         await vm.restart()  # takes the same port again
         await vm.wait_agent(timeout_s=90)
         async with shell(vm) as guest:

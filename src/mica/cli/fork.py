@@ -63,8 +63,8 @@ async def fork(
         failed = await _failures(client, accepted, results)
         done = [result for result in results if isinstance(result, Operation)]
         copies = [Copy(await client.vms.view(vm_id(operation)), _took(operation)) for operation in done]
-        pause_s = await _pause(client, accepted)
-    ctx.emit(_plain(copies, pause_s), lambda: _text(vm, copies, pause_s))
+        stood = await _stood(client, accepted)
+    ctx.emit(_plain(copies, stood), lambda: _text(vm, copies, stood))
     for error in failed:
         report(ctx.world, error, ctx.json)
     return failed[0].info.exit_status if failed else 0
@@ -88,23 +88,22 @@ def _took(operation: Operation) -> float:
     return max(0.0, (operation.ended_at or operation.created_at) - operation.created_at)
 
 
-async def _pause(client: Client, accepted: ForkAccepted) -> float | None:
-    """How long the VM stood still for it, in seconds; ``None`` where it did not, or where nobody can say yet."""
-    if accepted.freeze is None:
-        return None
-    result = (await client.operations.get(accepted.freeze.id)).result
-    return result.get("pause_s")
+async def _stood(client: Client, accepted: ForkAccepted) -> dict[str, Any]:
+    """How long the VM stood still for it, in seconds, and what it lost; ``None`` where it did not, or where nobody can
+    say yet."""
+    result = {} if accepted.freeze is None else (await client.operations.get(accepted.freeze.id)).result
+    return {"pause_s": result.get("pause_s"), "lost": result.get("lost", [])}
 
 
-def _plain(copies: list[Copy], pause_s: float | None) -> dict[str, Any]:
-    return {"pause_s": pause_s, "copies": [{"took_s": copy.took_s, "vm": copy.view} for copy in copies]}
+def _plain(copies: list[Copy], stood: dict[str, Any]) -> dict[str, Any]:
+    return {**stood, "copies": [{"took_s": copy.took_s, "vm": copy.view} for copy in copies]}
 
 
-def _text(vm: str, copies: list[Copy], pause_s: float | None) -> str:
+def _text(vm: str, copies: list[Copy], stood: dict[str, Any]) -> str:
     lines = []
     for copy in copies:
         where = address(copy.view)
         at = "" if where == "-" else f" at {where}"
         lines.append(f"{copy.view.name} is {copy.view.observed.state}{at} after {copy.took_s:.2f} s")
         lines += [f"  {publish_text(publish)}" for nic in copy.view.nics for publish in nic.publish]
-    return "\n".join([*lines, *pause(vm, pause_s)])
+    return "\n".join([*lines, *pause(vm, **stood)])

@@ -167,6 +167,7 @@ def describe(view: SnapshotView, known: dict[str, str], now: float, *, colour: b
             ("vCPUs", str(snapshot.spec.cpus)),
             ("RAM", size(snapshot.spec.memory)),
             ("disks", ", ".join(sorted(snapshot.disks))),
+            ("lost", " and ".join(snapshot.lost)),
             ("pause", "" if snapshot.pause_s is None else f"{snapshot.pause_s * 1000:.0f} ms"),
             ("verified", "" if view.verified_at is None else f"{age(view.verified_at, now)} ago"),
             ("protected", "yes" if snapshot.protected else "no"),

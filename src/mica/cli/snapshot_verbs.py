@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated
 
 from mica.cli.context import Context, for_each
@@ -54,12 +54,13 @@ def _taken(view: SnapshotView) -> str:
     snapshot = view.snapshot
     text = f"{snapshot.name} of {snapshot.vm_name} is {'complete' if view.complete else snapshot.state}"
     parts = [size(view.size), "with memory" if view.memory else "without memory"]
-    return ", ".join((text, *parts, *pause(snapshot.vm_name, snapshot.pause_s)))
+    return ", ".join((text, *parts, *pause(snapshot.vm_name, snapshot.pause_s, snapshot.lost)))
 
 
-def pause(name: str, pause_s: float | None) -> list[str]:
-    """How long a VM did not run, in words; nothing where it did not run anyway."""
-    return [] if pause_s is None else [f"{name} stood still for {pause_s * 1000:.0f} ms"]
+def pause(name: str, pause_s: float | None, lost: Sequence[str] = ()) -> list[str]:
+    """How long a VM did not run, and what it lost, in words; nothing where it did not run anyway."""
+    stood = [] if pause_s is None else [f"{name} stood still for {pause_s * 1000:.0f} ms"]
+    return stood + ([f"it lost {' and '.join(lost)}"] if lost else [])
 
 
 async def restore(

@@ -55,7 +55,9 @@ async def create(
 def _made(view: SnapshotView) -> str:
     snapshot = view.snapshot
     parts = [size(view.size), "with memory" if view.memory else "without memory"]
-    line = ", ".join((f"template {snapshot.name} is made", *parts, *pause(snapshot.vm_name, snapshot.pause_s)))
+    line = ", ".join(
+        (f"template {snapshot.name} is made", *parts, *pause(snapshot.vm_name, snapshot.pause_s, snapshot.lost))
+    )
     return f"{line}\ntry: mica run {snapshot.name}"
 
 

@@ -40,6 +40,7 @@ def origin_of(env: Env, snapshot: Snapshot) -> Origin | None:
         devices=env.parts.path(memory.devices),
         changes=env.parts.path(memory.changes) if memory.changes else None,
         build=memory.build,
+        inside=memory.inside,
     )
 
 

@@ -99,19 +99,21 @@ class MachineBuild(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryState(msgspec.Struct, frozen=True, kw_only=True):
-    """The running half of a machine, by part ids. ``changes`` is empty where the RAM image is the memory as it was."""
+    """The running half of a machine, by part ids. ``changes`` is empty where the RAM image is the memory as it was.
+    ``inside`` counts the NICs whose network was a part of its QEMU: the state of those is in ``devices`` too."""
 
     ram: str
     devices: str
     build: MachineBuild
     changes: str = ""
+    inside: int = 0
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A machine at one moment. ``disks`` maps each disk (and the UEFI variables) to its layer. ``memory`` is ``None``
     when the machine was stopped or its memory was not wanted. ``parent`` is the snapshot that it descends from.
     ``quiesced``: the guest had frozen its file systems. ``schedule`` is the id of the schedule that had it taken.
-    ``used_at``: when a VM last began at a ``boot``."""
+    ``used_at``: when a VM last began at a ``boot``. ``lost`` says what its machine lost by it, nothing as a rule."""
 
     id: str
     vm_id: str
@@ -128,6 +130,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
     protected: bool = False
     pause_s: float | None = None
+    lost: tuple[str, ...] = ()
     quiesced: bool = False
     schedule: str = ""
     used_at: float | None = None

@@ -171,13 +171,15 @@ class NicRuntime(msgspec.Struct, frozen=True, kw_only=True):
     """A NIC as it is attached: an opaque handle of the network adapter, and what the user wants to know of it.
 
     ``processes`` work for this NIC alone and belong into the VM's control group. ``reduced`` says in words what the
-    network does not give on this host.
+    network does not give on this host. ``inside``: it is a part of the machine's QEMU, and its connections end with
+    that process.
     """
 
     name: str
     address: str = ""
     publish: tuple[Publish, ...] = ()
     reduced: tuple[str, ...] = ()
+    inside: bool = False
     processes: tuple[ProcessRef, ...] = ()
     handle: dict[str, Any] = {}
 

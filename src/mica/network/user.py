@@ -73,6 +73,7 @@ class UserNetworks:
                 address=given.address.partition("/")[0],
                 publish=publish,
                 reduced=slirp.reduced(tool, nic, given),
+                inside=True,
                 handle=slirp.handle(given, publish, ipv6=addresses.ipv6_default() is not None),
             )
         directory = next(path for path in self._directories(vm.id, nic) if path.is_relative_to(tool.place))

@@ -20,6 +20,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """A state to begin at instead of at power-on.
 
     ``ram`` is the id of the RAM image, which is read from ``ram_file`` unless a machine or the adapter holds it.
+    ``inside`` is that of :class:`mica.model.snapshot.MemoryState`.
     """
 
     ram: str
@@ -27,6 +28,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     devices: Path
     build: MachineBuild
     changes: Path | None = None
+    inside: int = 0
 
 
 class Captured(msgspec.Struct, frozen=True, kw_only=True):

@@ -108,6 +108,7 @@ def _devices(plan: LaunchPlan, host: QemuHost, sockets: Sockets) -> Arguments:
     for hub, n in enumerate(spec.nics):
         index = boot_index(plan, n.name)
         parts.append(nic.arguments(n, attached[n.name], bus, hub=hub, bootindex=index, apart=plan.origin is not None))
+    parts += nic.past(plan.origin.inside if plan.origin else 0)
     return concat(parts)
 
 

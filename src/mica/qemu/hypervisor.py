@@ -68,6 +68,8 @@ class Handle(msgspec.Struct, frozen=True, kw_only=True):
     ram: int
     # That of the QEMU it runs on, whatever is installed by now.
     build: MachineBuild
+    # Networks inside the QEMU whose state it began at.
+    inside: int = 0
 
 
 class QemuHypervisor:
@@ -238,7 +240,12 @@ class QemuHypervisor:
             raise
         jailed.close()
         handle = Handle(
-            vm_id=vm.id, jailed=jailed.refs, log_offset=log_offset, ram=memory, build=self.build_of(vm.spec)
+            vm_id=vm.id,
+            jailed=jailed.refs,
+            log_offset=log_offset,
+            ram=memory,
+            build=self.build_of(vm.spec),
+            inside=plan.origin.inside if plan.origin else 0,
         )
         return VmRuntime(
             process=jailed.refs.process,

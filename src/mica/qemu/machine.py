@@ -145,7 +145,7 @@ class QemuMachine:
             raise MicaError(error.code, f"{error.message}: {words}", hint=error.hint) from error
 
     async def join(self, nics: tuple[NicRuntime, ...]) -> None:
-        await state.join(self.monitor, nics)
+        await state.join(self.monitor, nics, self._runtime.handle.get("inside", 0))
 
     async def switch(self, volumes: tuple[Volume, ...]) -> None:
         await layers.switch(self.monitor, volumes)

@@ -178,8 +178,8 @@ async def _until(monitor: Monitor, done: Callable[[str], bool]) -> None:
         raise MicaError(Code.QEMU_FAILED, "QEMU could not load the state")
 
 
-async def join(monitor: Monitor, nics: tuple[NicRuntime, ...]) -> None:
-    """See :meth:`mica.ports.hypervisor.StatefulMachine.join`.
+async def join(monitor: Monitor, nics: tuple[NicRuntime, ...], past: int) -> None:
+    """See :meth:`mica.ports.hypervisor.StatefulMachine.join`. ``past``: as :func:`mica.qemu.devices.nic.past`.
 
     What the guest has sent into the empty hub keeps its device waiting, for ever (QEMU source, ``net/hub.c``: a port
     alone "can not receive"). Stopping the machine drops that (``net_vm_change_state_handler``).
@@ -187,14 +187,16 @@ async def join(monitor: Monitor, nics: tuple[NicRuntime, ...]) -> None:
     runs = bool((await monitor.run("query-status"))["running"])
     if runs:
         await monitor.run("stop")
+    added = [backend for hub, one in enumerate(nics) for backend in nic.join(one, hub=hub)]
+    wanted = [("netdev_del", {"id": name}) for name in nic.leave_past(past)]
+    wanted += [("netdev_add", backend) for backend in added]
     try:
-        for hub, one in enumerate(nics):
-            for backend in nic.join(one, hub=hub):
-                try:
-                    await monitor.run("netdev_add", backend)
-                except MicaError as error:
-                    if "Duplicate ID" not in error.message:  # else it is repeated
-                        raise
+        for command, arguments in wanted:
+            try:
+                await monitor.run(command, arguments)
+            except MicaError as error:
+                if not any(words in error.message for words in ("Duplicate ID", "not found")):  # else it is repeated
+                    raise
     finally:
         if runs:
             await monitor.run("cont")

@@ -62,12 +62,14 @@ class Take(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """How the VM is found. ``own``: its RAM is its own, so it has to go on as a child of it."""
+    """How the VM is found. ``own``: its RAM is its own, so it has to go on as a child of it, in another process; what
+    that cannot take over is ``lost``, in words."""
 
     live: bool
     running: bool = False
     memory: bool = False
     own: bool = False
+    lost: tuple[str, ...] = ()
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +180,9 @@ async def look(context: Context) -> Look:
     if memory and seen.agent is AgentState.READY:
         # Copies become other machines sooner when what they need for that waits in their original.
         await context.env.identities.prepare(context.vm_id, status.runtime)
-    return Look(live=True, running=seen.run is RunState.RUNNING, memory=memory, own=own)
+    inside = [nic.name for nic in status.runtime.nics if own and nic.inside]
+    lost = tuple(f"the connections of {name}, whose network is a part of QEMU" for name in inside)
+    return Look(live=True, running=seen.run is RunState.RUNNING, memory=memory, own=own, lost=lost)
 
 
 def layered_disks(spec: VmSpec) -> list[DiskSpec]:
@@ -254,6 +258,7 @@ async def write_rows(
             devices=part_id(snapshot.id, PartKind.DEVICES),
             changes=part_id(snapshot.id, PartKind.CHANGES),
             build=MachineBuild(qemu="", machine="", cpu="", accelerator=""),
+            inside=sum(nic.inside for nic in runtime.nics),
         )
     await env.records.transact(write)
 
@@ -294,6 +299,7 @@ async def spare(context: Context) -> VmRuntime | None:
         ram_file=env.parts.path(snapshot.memory.ram),
         devices=directory / "devices",
         build=await env.hypervisor.build(status.runtime),
+        inside=snapshot.memory.inside,
     )
     plan = await plan_launch(
         env,
@@ -472,7 +478,8 @@ async def keep(context: Context) -> None:
             snapshot = replace(snapshot, memory=new)
         paused = context.outputs.get("go-on")
         quiesced = context.outputs.get("quiesce") is not None
-        return replace(snapshot, state=SnapshotState.SAVING, pause_s=paused, quiesced=quiesced)
+        lost = context.output("look", Look).lost
+        return replace(snapshot, state=SnapshotState.SAVING, pause_s=paused, lost=lost, quiesced=quiesced)
 
     await env.records.snapshots.update(id_, usable)
 
@@ -523,6 +530,7 @@ def result(context: Context) -> dict[str, Any]:
     return {
         "id": _id(context),
         "pause_s": context.outputs.get("go-on"),
+        "lost": list(context.output("look", Look).lost),
         "expected": context.outputs.get("forecast"),
         "changed": captured.changed if captured is not None else 0,
         "frozen": context.outputs.get("quiesce"),

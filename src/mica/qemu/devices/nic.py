@@ -67,6 +67,17 @@ def _backend(runtime: NicRuntime) -> dict[str, Any] | None:
             raise MicaError(Code.INTERNAL, f"NIC {runtime.name} is attached in an unknown way: {kind}")
 
 
+def past(count: int) -> list[Arguments]:
+    """Networks of QEMU's own that nobody is on: with theirs the state of a machine that had as many can be loaded, in
+    which each has its part (libslirp's ``slirp``). :func:`leave_past` takes them away."""
+    return [from_json("netdev", {"type": "user", "id": name, "restrict": True}) for name in leave_past(count)]
+
+
+def leave_past(count: int) -> list[str]:
+    """Ids for ``netdev_del``, to be taken away before a NIC joins the network it is on now."""
+    return [f"past-{number}" for number in range(count)]
+
+
 def join(runtime: NicRuntime, *, hub: int) -> list[dict[str, Any]]:
     """Arguments of ``netdev_add`` that plug in a NIC which began on a hub alone."""
     net = _backend(runtime)
