@@ -109,6 +109,16 @@ async def test_a_first_command_takes_the_runner_that_is_being_made_ready(world: 
         assert len(world.directories()) == 1
 
 
+async def test_messages_call_a_vm_by_the_name_that_it_has_now(world: World) -> None:
+    """Its agent is known before anybody has named it, and it may get another name."""
+    async with world.daemon() as (_, sessions):
+        for name in ("web", "db"):
+            record = await sessions.start(VM, name, world.runtime, ExecSpec(argv=("no-such-program",)))
+            problem = (await sessions.wait(VM, record.id)).error
+            assert problem is not None
+            assert problem.message == f"there is no program 'no-such-program' in VM {name}"
+
+
 async def test_runners_do_not_pile_up_over_many_daemons(world: World) -> None:
     seen: set[str] = set()
     for _ in range(4):

@@ -115,10 +115,18 @@ class GuestAgent:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_reply: Bytes = DEFAULT_MAX_REPLY,
     ) -> None:
-        self.guest = guest
         self.timeout_s = timeout_s
         self._max_reply = max_reply
         self._channel = AgentChannel(path, guest=guest)
+
+    @property
+    def guest(self) -> str:
+        """What messages call the guest."""
+        return self._channel.guest
+
+    def called(self, guest: str) -> None:
+        """Messages call the guest so from now on."""
+        self._channel.guest = guest
 
     @property
     def ready(self) -> bool:

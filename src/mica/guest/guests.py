@@ -52,14 +52,16 @@ class AgentGuests:
         return dict(self._open)
 
     def agent(self, vm_id: str, name: str, runtime: VmRuntime) -> GuestAgent:
-        """The agent of a running VM; ``name`` is what messages call it."""
+        """The agent of a running VM. Messages call that by the last ``name`` given, by its id before there was one."""
         known = self._agents.get(vm_id)
         if known is None:
-            known = self._agents[vm_id] = GuestAgent(Path(runtime.run_dir) / "agent", guest=name)
+            known = self._agents[vm_id] = GuestAgent(Path(runtime.run_dir) / "agent", guest=f"VM {vm_id[:8]}")
+        if name:
+            known.called(f"VM {name}")
         return known
 
     async def facts(self, vm_id: str, runtime: VmRuntime) -> GuestFacts:
-        agent = self.agent(vm_id, f"VM {vm_id[:8]}", runtime)
+        agent = self.agent(vm_id, "", runtime)
         system = await agent.osinfo()
         return GuestFacts(
             hostname=_clean(await agent.hostname()),
@@ -68,19 +70,19 @@ class AgentGuests:
         )
 
     async def shutdown(self, vm_id: str, runtime: VmRuntime) -> None:
-        await self.agent(vm_id, f"VM {vm_id[:8]}", runtime).shutdown()
+        await self.agent(vm_id, "", runtime).shutdown()
 
     async def freeze(self, vm_id: str, runtime: VmRuntime) -> int:
-        agent = self.agent(vm_id, f"VM {vm_id[:8]}", runtime)
+        agent = self.agent(vm_id, "", runtime)
         if await agent.fsfreeze_status() == "frozen":
             await agent.fsthaw()  # an earlier attempt got this far, and who knows when that was
         return await agent.fsfreeze()
 
     async def thaw(self, vm_id: str, runtime: VmRuntime) -> None:
-        await self.agent(vm_id, f"VM {vm_id[:8]}", runtime).fsthaw()
+        await self.agent(vm_id, "", runtime).fsthaw()
 
     def port_changed(self, vm_id: str, runtime: VmRuntime, *, opened: bool) -> None:
-        agent = self.agent(vm_id, f"VM {vm_id[:8]}", runtime)
+        agent = self.agent(vm_id, "", runtime)
         if opened:
             agent.port_opened()
             self._open[vm_id] = runtime

@@ -86,7 +86,7 @@ class AgentIdentities:
         guests.on_forget(self._forget)
 
     def _agent(self, vm_id: str, runtime: VmRuntime) -> GuestAgent:
-        return self._guests.agent(vm_id, f"VM {vm_id[:8]}", runtime)
+        return self._guests.agent(vm_id, "", runtime)
 
     # ── before there is a copy ────────────────────────────────────────────────────────────────────────────────────
 

@@ -114,16 +114,15 @@ class ExecSessions:
                 await self._save(msgspec.structs.replace(ended, ended_at=self._clock.now()))
 
     def _executor(self, vm_id: str, name: str, runtime: VmRuntime) -> GuestExecutor:
+        agent = self._guests.agent(vm_id, name, runtime)
         known = self._executors.get(vm_id)
         if known is None:
-            known = self._executors[vm_id] = GuestExecutor(
-                self._guests.agent(vm_id, name, runtime), directories=self._directories
-            )
+            known = self._executors[vm_id] = GuestExecutor(agent, directories=self._directories)
         return known
 
     def _agent_started(self, vm_id: str, runtime: VmRuntime) -> None:
         if self._group is not None:
-            executor = self._executor(vm_id, f"VM {vm_id[:8]}", runtime)
+            executor = self._executor(vm_id, "", runtime)
             executor.restarted()
             self._prepare_soon(vm_id, executor)
 
