@@ -64,6 +64,20 @@ def test_a_second_daemon_is_refused(shared_world: World) -> None:
     assert shared_world.answers()
 
 
+def test_up_beside_a_daemon_does_not_claim_to_run_one(shared_world: World) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "mica", "up", "--home", str(shared_world.home)],
+        env=shared_world.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == TABLE[Code.HOME_LOCKED].exit_status
+    assert "the daemon with pid" in ended.stderr
+    assert "running the daemon" not in ended.stderr
+
+
 def test_a_home_of_a_newer_mica_is_refused_and_left_alone(quiet: World) -> None:
     quiet.start()
     quiet.kill(15)
