@@ -162,7 +162,8 @@ async def test_without_the_mirror_the_lists_of_the_last_build_do(tmp_path: Path)
 @pytest.mark.parametrize(
     ("line", "said", "message"),
     [
-        ("*--simulate*)", "E: Unable to locate package nonsense", "nonsense"),
+        ("*--simulate*)", "E: Unable to locate package nonsense", "there is no package 'nonsense' in bookworm"),
+        ("*--simulate*)", "E: Unmet dependencies", "cannot be installed together: nonsense: E: Unmet"),
         (
             "*update*)",
             "E: The repository 'http://mirror x Release' does not have a Release file.",

@@ -34,6 +34,7 @@ _DOWNLOAD_TIMEOUT_S = 1800
 _LOCK_TIMEOUT_S = 1800
 _DATE = re.compile(r"^Date: (.*)$", re.MULTILINE)
 _INSTALL = re.compile(r"Inst (\S+) (?:\[\S*\] )?\((\S+) .*\[(\w+)\]")
+_UNKNOWN = re.compile(r"E: Unable to locate package (\S+)")
 # How the host reaches its mirrors: proxies, certificates, retries, clocks that mirrors of a past day need.
 _NETWORK = re.compile(r"Acquire::(https?|Retries|Check-Valid-Until|Check-Date|ForceIPv[46]|Max-FutureTime)\b", re.I)
 
@@ -162,6 +163,12 @@ class Apt:
             await self._apt(configuration, "install", "--simulate", *packages, see=see)
         except CommandError as error:
             missing = [word for word in error.words if word.startswith("E: ")]
+            if unknown := sorted({at[1] for word in missing if (at := _UNKNOWN.match(word))}):
+                suite = self.sources[0].suite
+                raise invalid(
+                    f"there is no package {', '.join(map(repr, unknown))} in {suite}",
+                    hint=f"look for its name: https://packages.debian.org/{suite}/",
+                ) from error
             raise invalid(
                 f"these packages cannot be installed together: {', '.join(packages)}: {' '.join(missing)}",
                 hint="look at the names of the packages",
