@@ -208,13 +208,15 @@ class FakeEngine(FakeSnapshots):
             )
         return said is Answer.ACCEPT
 
-    async def _vm_verb(self, verb: str, target: str, if_match: int | None) -> tuple[str, str]:
+    async def _vm_verb(self, verb: str, target: str, if_match: int | None) -> tuple[str, str, dict[str, Any]]:
         view = await self.vm(target)
         self._check(view, if_match)
         leads_to = RULES[VmVerb(verb)].leads_to
-        if self._accept(VmVerb(verb), view) and leads_to is not None:
+        if not self._accept(VmVerb(verb), view):
+            return view.id, view.name, {"already": True}
+        if leads_to is not None:
             await self._put(replace(view, observed=replace(view.observed, state=leads_to)))
-        return view.id, view.name
+        return view.id, view.name, {}
 
     async def _vm_set(self, target: str, params: VmSet, if_match: int | None) -> tuple[str, str]:
         view = await self.vm(target)

@@ -442,6 +442,11 @@ async def test_usage_is_sampled_and_forgotten() -> None:
         assert usage.memory == life.rig.world.touched(vm_id)
         assert usage.source is UsageSource.CGROUP
         await do(life, "vm.stop", "a", VmStop(force=True))
+        # At once, not when the next sample is due.
+        gone = (await life.engine.views.vm("a")).usage
+        assert (gone.memory, gone.cpu, gone.cpu_s) == (None, None, None)
+        (listed,) = (await life.engine.views.vms()).items
+        assert listed.usage.memory is None
         await life.advance(6.0)
         assert (await life.engine.views.vm("a")).usage.memory is None
 

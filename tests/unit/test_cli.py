@@ -117,6 +117,7 @@ def test_a_vm_through_its_life(run: Any) -> None:
     assert (refused.status, refused.out) == (TABLE[Code.PROTECTED].exit_status, "")
     assert run("vm", "set", "web", "--no-protected").status == 0
     assert run("vm", "stop", "web").out == "web is stopped\n"
+    assert run("vm", "stop", "web").out == "web is stopped already\n"
     assert run("vm", "delete", "web").out == "web is trashed\n"
     assert run("vm", "list", "--trashed").out.splitlines()[1].startswith("web ")
     assert run("vm", "restore", "web", "--name", "web2").out == "web2 is stopped\n"

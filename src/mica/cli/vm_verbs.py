@@ -210,6 +210,8 @@ async def _outcome(client: Client, operation: Operation) -> str:
             return f"{name} is deleted for good"
         raise
     observed = view.observed
+    if operation.result.get("already"):  # its reason is about what was done earlier
+        return f"{view.name} is {observed.state} already"
     text = f"{view.name} is {observed.state}" + (f": {observed.reason}" if observed.reason else "")
     if back := operation.result.get("went_back_to"):
         text += f"\nit went back to snapshot {back}; its damaged state is kept as {operation.result['kept_aside']}"

@@ -133,6 +133,8 @@ class Views:
     ) -> VmView:
         value, runtime = vm.value, status.runtime
         machine = runtime or status.suspended
+        if runtime is None:  # what was sampled last was of a process that has ended
+            usage = VmUsage(disk=usage.disk)
         pending = pending_changes(value.spec, machine.spec) if machine else ()
         return VmView(
             id=value.id,
