@@ -126,5 +126,6 @@ class Access:
         raise MicaError(
             Code.UNAUTHENTICATED,
             "the token is wrong" if header else "a token is needed here",
-            hint="send 'Authorization: Bearer TOKEN' with the content of the daemon's token file, or use its socket",
+            hint="send 'Authorization: Bearer TOKEN' with the content of the daemon's token file, "
+            "with mica by `--token-file FILE`; or use its socket",
         )
