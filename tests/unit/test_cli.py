@@ -15,7 +15,7 @@ from mica.cli.app import SECTIONS, build_app, top_help
 from mica.cli.main import move_global_options
 from mica.cli.reference import markdown
 from mica.cli.streams import EscapeKeys
-from mica.cli.text import facts, table
+from mica.cli.text import facts, fold, table
 from mica.cli.vm_log import added, harmless, last_lines
 from mica.cli.vm_show import describe
 from mica.model.doctor import DoctorReport, Finding, Status
@@ -473,6 +473,18 @@ def test_tables() -> None:
     assert text == "NAME        N\na          10\nlong-name   7"
     assert facts((("one", "1"), ("none", ""), ("three", "a\nb"))) == "one:   1\nthree: a\n       b"
     assert "\x1b" not in table(("NAME",), [("evil\x1b[2J",)])
+
+
+def test_prose_fits_the_terminal_and_words_stay_whole() -> None:
+    prose = "the jail is the only boundary between a guest and this host; " * 3
+    text = facts((("reduced", prose), ("one", "1")), width=60)
+    first, second, *_, last = text.splitlines()
+    assert max(map(len, text.splitlines())) <= 60
+    assert (first[:9], second[:9]) == ("reduced: ", " " * 9)
+    assert " ".join(text.split()).startswith(f"reduced: {prose.strip()}")
+    assert last == "one:     1"
+    assert fold("x" * 90, 60, 4) == "x" * 90
+    assert fold(prose, None, 4) == prose
 
 
 def test_tables_fit_the_terminal() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from mica.cli.context import Context
 from mica.cli.options import DEFAULTS, Flag, Hidden, Options
-from mica.cli.text import BOLD, DIM, GREEN, RED, YELLOW, clean, paint
+from mica.cli.text import BOLD, DIM, GREEN, RED, YELLOW, clean, fold, paint
 from mica.model.doctor import DoctorReport, Finding, Status
 from mica.model.errors import TABLE, Code, MicaError, invalid
 
@@ -62,9 +62,15 @@ def render(report: DoctorReport, ctx: Context) -> str:
         mark, word, style = _MARKS[finding.status]
         lines.append(
             f"{paint(word if plain else mark, style, ctx.colour)} "
-            f"{paint(clean(finding.title).ljust(width), BOLD, ctx.colour)}  {clean(finding.proof)}"
+            f"{paint(clean(finding.title).ljust(width), BOLD, ctx.colour)}  "
+            f"{fold(clean(finding.proof), ctx.width, len(word if plain else mark) + width + 3)}"
         )
-        lines += [f"    {paint(name, DIM, ctx.colour)} {clean(text)}" for name, text in _gap(finding)]
+        lines += [
+            f"    {paint(name, DIM, ctx.colour)} "
+            # A command is there to be copied.
+            + (clean(text) if finding.fix and name != "costs:" else fold(clean(text), ctx.width, len(name) + 5))
+            for name, text in _gap(finding)
+        ]
     fixable = sum(1 for finding in report.findings if finding.fix and finding.status is not Status.OK)
     words = _WORDS[report.status]
     lines += ["", words.replace("✗", "NO") if plain else words]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
@@ -9,6 +10,8 @@ from mica.model.units import format_duration, format_size
 
 # What a column of text is left with at least.
 NARROW = 8
+# Where prose has less room than this, a terminal breaks it as well as anybody.
+MIN_ROOM = 30
 
 GREEN, YELLOW, RED, DIM, BOLD = "32", "33", "31", "2", "1"
 
@@ -108,13 +111,22 @@ def table(
     return "\n".join([line(head, BOLD), *(line(row) for row in body)])
 
 
-def facts(pairs: Iterable[tuple[str, str]], *, colour: bool = False) -> str:
+def fold(text: str, width: int | None, indent: int) -> str:
+    """``text`` in lines that fit ``width`` columns after an indent that the further ones get; words stay whole."""
+    room = 0 if width is None else width - indent
+    if room < MIN_ROOM or len(text) <= room:
+        return text
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+    return ("\n" + " " * indent).join(lines)
+
+
+def facts(pairs: Iterable[tuple[str, str]], *, colour: bool = False, width: int | None = None) -> str:
     """``name: value`` lines, aligned; empty values are left out; further lines of a value are indented."""
     kept = [(name, clean(value)) for name, value in pairs if value]
-    width = max((len(name) for name, _ in kept), default=0) + 2
+    indent = max((len(name) for name, _ in kept), default=0) + 2
     lines = []
     for name, value in kept:
-        first, *rest = value.split("\n")
-        lines.append(paint(f"{name}:".ljust(width), DIM, colour) + paint_state(first, colour))
-        lines += [" " * width + more for more in rest]
+        first, *rest = (fold(line, width, indent) for line in value.split("\n"))
+        lines.append(paint(f"{name}:".ljust(indent), DIM, colour) + paint_state(first, colour))
+        lines += [" " * indent + more for more in rest]
     return "\n".join(lines)

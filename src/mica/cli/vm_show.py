@@ -98,10 +98,12 @@ async def show(vm: VmArg, /, *, options: Options = DEFAULTS, ctx: Annotated[Cont
         view = (await client.vms.get(vm)).view
         known = await client.snapshots.list(forks=True) if view.snapshot and not ctx.json else []
     snapshot = next((other.snapshot for other in known if other.snapshot.id == view.snapshot), None)
-    ctx.emit(view, lambda: describe(view, ctx.now, snapshot, colour=ctx.colour))
+    ctx.emit(view, lambda: describe(view, ctx.now, snapshot, colour=ctx.colour, width=ctx.width))
 
 
-def describe(view: VmView, now: float, snapshot: Snapshot | None = None, *, colour: bool = False) -> str:
+def describe(
+    view: VmView, now: float, snapshot: Snapshot | None = None, *, colour: bool = False, width: int | None = None
+) -> str:
     """All of a VM for a reader; ``snapshot`` is the one that its present state descends from."""
     observed, spec = view.observed, view.spec
     has = view.running or spec
@@ -150,6 +152,7 @@ def describe(view: VmView, now: float, snapshot: Snapshot | None = None, *, colo
             ("reduced", "\n".join(view.reduced)),
         ),
         colour=colour,
+        width=width,
     )
 
 
