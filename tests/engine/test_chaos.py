@@ -6,7 +6,7 @@ Whenever everything has come to rest, no state is lost and none lies.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,12 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from structlog.testing import capture_logs
 
+from mica.engine import forking
 from mica.engine.definition import NoParams, Policy
+from mica.engine.engine import Engine
+from mica.engine.operations.snapshot_create import Take
 from mica.model.errors import Code, MicaError
 from mica.model.image import MicroRecipe
 from mica.model.operation import OperationState
+from mica.model.snapshot import HISTORY, Snapshot
 from mica.model.units import GIB, MIB, Bytes
-from mica.model.views import ImageMake, VmCreate, VmDelete, VmRestore, VmSet, VmStart, VmStop
+from mica.model.views import ImageMake, SnapshotRestore, VmCreate, VmDelete, VmFork, VmRestore, VmSet, VmStart, VmStop
 from mica.model.vm import DiskSpec
 from mica.testing.harness import BY, Life, Rig
 from mica.testing.simulated import Behaviour
@@ -45,6 +49,14 @@ DISK = DiskSpec(name="data", size=Bytes(GIB))
 
 vms = st.integers(0, 5)
 names = st.sampled_from(["a", "b", "c", "d"])
+
+
+def _back(keep: bool) -> SnapshotRestore:
+    return SnapshotRestore(keep=keep)
+
+
+def _at(body: VmFork, snapshot: Snapshot) -> VmFork:
+    return msgspec.structs.replace(body, snapshot=snapshot.id)
 
 
 class Daemon:
@@ -125,14 +137,7 @@ class Chaos(RuleBasedStateMachine):
         life = await self._life()
         target = "" if index is None else await self._vm(index)
         before = {o.id for o in await self._operations()}
-        asked = asyncio.ensure_future(life.submit(verb, target, params))
-        await self._turns(30)
-        while not asked.done():
-            # A port hangs: then only time helps.
-            await self.rig.clock.advance(10.0)
-        error = asked.exception()
-        if error is not None:
-            self.refusals.append(error)
+        await self._patiently(life.submit(verb, target, params))
         # What was accepted counts although the daemon may have died before it could say so. Mica's own does not: an
         # autostart may have come in between.
         for operation in await self._operations():
@@ -198,6 +203,48 @@ class Chaos(RuleBasedStateMachine):
     @rule(vm=vms, name=names)
     def restore(self, vm: int, name: str) -> None:
         self.ask("vm.restore", vm, VmRestore(name=name))
+
+    @rule(vm=vms, memory=st.booleans())
+    def snapshot(self, vm: int, memory: bool) -> None:
+        self.ask("snapshot.create", vm, Take(memory=memory))
+
+    @rule(index=st.integers(0, 3), keep=st.booleans())
+    def go_back(self, index: int, keep: bool) -> None:
+        self.run(self._with_snapshot(index, lambda e, s: forking.restore(e, s.vm_id, s.id, _back(keep), by=BY)))
+
+    @rule(index=st.integers(0, 3))
+    def delete_snapshot(self, index: int) -> None:
+        self.run(self._with_snapshot(index, lambda e, s: e.submit("snapshot.delete", s.id, NoParams(), by=BY)))
+
+    @rule(index=st.integers(0, 3), name=st.sampled_from(["f", "g"]))
+    def fork_snapshot(self, index: int, name: str) -> None:
+        body = VmFork(name=name)
+        self.run(self._with_snapshot(index, lambda e, s: forking.fork(e, s.vm_id, _at(body, s), by=BY)))
+
+    @rule(vm=vms, name=st.sampled_from(["f", "g"]), count=st.integers(1, 2))
+    def fork(self, vm: int, name: str, count: int) -> None:
+        self.run(self._fork(vm, VmFork(name=name, count=count)))
+
+    async def _fork(self, index: int, body: VmFork) -> None:
+        life, vm_id = await self._life(), await self._vm(index)
+        await self._patiently(forking.fork(life.engine, vm_id, body, by=BY))
+
+    async def _with_snapshot(self, index: int, do: Callable[[Engine, Snapshot], Coroutine[Any, Any, Any]]) -> None:
+        life = await self._life()
+        rows = await self.rig.records.snapshots.scan()
+        known = sorted((r.value for r in rows.values() if r.value.kind in HISTORY), key=lambda s: s.id)
+        if known:
+            await self._patiently(do(life.engine, known[index % len(known)]))
+
+    async def _patiently(self, asking: Coroutine[Any, Any, Any]) -> None:
+        asked = asyncio.ensure_future(asking)
+        await self._turns(30)
+        while not asked.done():
+            # A port hangs: then only time helps.
+            await self.rig.clock.advance(10.0)
+        error = asked.exception()
+        if error is not None:
+            self.refusals.append(error)
 
     @rule(verb=st.sampled_from(["image.make", "image.verify", "image.delete"]))
     def image(self, verb: str) -> None:
