@@ -24,7 +24,7 @@ from mica.host.processes import find
 from mica.model.errors import Code, MicaError
 from mica.model.snapshot import MachineBuild
 from mica.model.units import MIB, Bytes
-from mica.model.vm import Machine, VmRuntime, VmSpec
+from mica.model.vm import Machine, Vm, VmRuntime, VmSpec
 from mica.ports.clock import Clock
 from mica.ports.hypervisor import Exit, LaunchPlan
 from mica.qemu import accel, ram
@@ -213,8 +213,7 @@ class QemuHypervisor:
             firmware_code=self._host.firmware_code,
             devices=(Path("/dev/kvm"),) if self._host.accelerator is Accelerator.KVM else (),
             user=user,
-            # Root may raise a limit later, another user only below the hard one.
-            raisable=self._jail.kind is not JailKind.ROOT,
+            raisable=self._jail.kind is not JailKind.ROOT,  # others cannot raise a limit above the hard one
         )
         await self._join_networks(plan)
         started_at = self._clock.now()
@@ -229,11 +228,7 @@ class QemuHypervisor:
             timeout_s=LAUNCH_TIMEOUT_S,
         )
         try:
-            monitor = await self._connect(vm.name, jailed, sockets, messages, log_offset)
-            try:
-                await complete(monitor, vm.spec)
-            finally:
-                await monitor.close()
+            await self._complete(vm, jailed, sockets, messages, log_offset)
         except BaseException:
             jailed.process.kill()
             await asyncio.shield(_gone(jailed))
@@ -261,6 +256,14 @@ class QemuHypervisor:
             ram=plan.origin.ram if plan.origin else "",
             incarnation=plan.incarnation,
         )
+
+    async def _complete(self, vm: Vm, jailed: Jailed, sockets: Sockets, messages: Path, log_offset: int) -> None:
+        """What a machine that answers still lacks."""
+        monitor = await self._connect(vm.name, jailed, sockets, messages, log_offset)
+        try:
+            await complete(monitor, vm.spec)
+        finally:
+            await monitor.close()
 
     async def _join_networks(self, plan: LaunchPlan) -> None:
         """What works for the VM's NICs counts as the VM's."""
