@@ -10,10 +10,12 @@ from bench.table import Row, median
 from mica import Client
 from mica.client.handle import VmHandle
 from mica.model.units import GIB, MIB, Bytes
+from mica.model.views import SnapshotSet, TemplateCreate
 
 RUNS = 3
 SMALL, LARGE, MANY_OF = Bytes(256 * MIB), Bytes(4 * GIB), Bytes(512 * MIB)
 MANY = 20
+FILLED_S = 60.0
 WRITTEN_MIB = 50
 
 
@@ -30,11 +32,13 @@ async def forks(client: Client) -> list[Row]:
         large_s = median([await _fork_s(large, number) for number in range(RUNS)])
         taken_s, size = await _second_s(small)
         restore_s = await _restore_s(small)
+        standby_s = await _standby_s(client, small)
     finally:
         await small.remove()
         await large.remove()
     return [
         Row("fork of a 256 MiB guest, request to its agent's answer", fork_s, 0.20, "s", f"cold start {cold_s:.2f} s"),
+        Row("the same of a template, from standby", standby_s, 0.12, "s"),
         Row("the same of a 4 GiB guest", large_s / fork_s, 1.20, "", f"{large_s:.2f} s"),
         Row("pause of the original, first snapshot", first.snapshot.pause_s or 0.0, 0.25, "s"),
         Row("snapshot with memory after 50 MiB of writes", taken_s, 0.5, "s", f"{size / MIB:.0f} MiB on disk"),
@@ -50,6 +54,25 @@ async def _fork_s(vm: VmHandle, number: int) -> float:
     took = time.monotonic() - began
     await copy.remove()
     return took
+
+
+async def _standby_s(client: Client, vm: VmHandle) -> float:
+    """What runs a template of which one waits, each time."""
+    await client.templates.create(TemplateCreate(vm=vm.id, name="waiting"))
+    try:
+        await client.templates.set("waiting", SnapshotSet(standby=1))
+        took = []
+        for number in range(RUNS):
+            async with asyncio.timeout(FILLED_S):
+                while not (await client.templates.get("waiting")).standing_by:
+                    await asyncio.sleep(0.2)
+            began = time.monotonic()
+            copy = await client.run("waiting", name=f"{vm.name}-taken-{number}")
+            took.append(time.monotonic() - began)
+            await copy.remove()
+    finally:
+        await client.templates.delete("waiting")
+    return median(took)
 
 
 async def _second_s(vm: VmHandle) -> tuple[float, int]:

@@ -32,6 +32,7 @@ class Scenario:
 
     ``restores``: a request that fails or is cancelled leaves everything as it was. Otherwise the VM may then be in
     one of the states ``otherwise``. ``until``: everything is restored only as long as that step has not begun.
+    ``attached``: it is asked once the daemon has found its machines.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Scenario:
     restores: bool = True
     otherwise: frozenset[VmState] = field(default_factory=frozenset)
     until: str = ""
+    attached: bool = False
 
     def __str__(self) -> str:
         return self.name

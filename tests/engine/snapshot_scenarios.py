@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
 from mica.engine.operations.snapshot_restore import Revert
+from mica.engine.standbys import Held
 from mica.model.image import Firmware
 from mica.model.snapshot import Snapshot, SnapshotKind, SnapshotState
 from mica.model.units import MIB, Bytes
@@ -159,6 +160,44 @@ def is_fork(state: VmState) -> Callable[[Rig], Awaitable[None]]:
     return check
 
 
+async def golden(life: Life) -> str:
+    """A template for which one VM is to stand by, on a host with memory for that and none to spare."""
+    await running(life)
+    await done(life, "snapshot.create", "a", Take(kind=SnapshotKind.TEMPLATE, name="golden"))
+    life.rig.world.memory = 2400 * MIB
+    await done(life, "snapshot.set", (await named(life.rig, "golden")).id, SnapshotSet(standby=1))
+    return ""
+
+
+async def standing(life: Life) -> str:
+    await golden(life)
+    await done(life, "vm.create", "", await _held(life))
+    life.rig.world.memory = 2840 * MIB  # for one more, should it not be found at once
+    return ""
+
+
+async def _held(life: Life) -> Held:
+    return Held(snapshot=(await named(life.rig, "golden")).id, start=True)
+
+
+async def stands_by(rig: Rig) -> None:
+    (vm_id,) = await rig.records.standbys.scan()
+    process = rig.world.processes[vm_id]
+    assert (process.run, process.joined) == (RunState.PAUSED, False)
+    assert (await rig.records.statuses.need(vm_id)).value.observed.state is S.PAUSED
+    assert (await rig.records.vms.need(vm_id)).value.hidden
+
+
+async def is_taken_over(rig: Rig) -> None:
+    found, vm_id = await vm_called(rig, "b")
+    assert found is S.RUNNING
+    assert rig.world.processes[vm_id].joined
+    vm = (await rig.records.vms.need(vm_id)).value
+    assert (vm.hidden, vm.spec.hostname, vm.forked_from) == (False, "b", "golden")
+    stood_by = rig.world.processes[vm_id].plan.vm.hidden
+    assert stood_by is not bool(await rig.records.standbys.scan()), "it was taken, unless the daemon did not find it"
+
+
 async def _revert(life: Life) -> Revert:
     return Revert(snapshot=next(iter(await life.records.snapshots.scan())))
 
@@ -222,5 +261,16 @@ SNAPSHOT_SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario("snapshot-verify", "snapshot.verify", NoParams(), of_snapshot(having(running)), is_verified),
     Scenario("fork", "vm.create", _fork, having(running), is_fork(S.RUNNING)),
+    Scenario("standby", "vm.create", _held, golden, stands_by),
+    Scenario(
+        "take",
+        "vm.create",
+        VmCreate(name="b", image="golden", start=True),
+        standing,
+        is_taken_over,
+        restores=False,
+        otherwise=frozenset({S.RUNNING, S.PAUSED}),  # the VM, and another one that stands by
+        attached=True,
+    ),
     Scenario("copy-of-disks", "vm.create", _stopped_copy, having(stopped), is_fork(S.STOPPED)),
 )

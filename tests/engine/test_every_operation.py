@@ -58,6 +58,8 @@ class Run:
             yield life
 
     async def submit(self, life: Life) -> None:
+        if self.scenario.attached:
+            await life.quiet()
         operation = await life.submit(self.scenario.verb, self.target, self.params)
         self.operation_id = operation.id
 
@@ -141,7 +143,8 @@ async def _run_clean(scenario: Scenario) -> tuple[list[str], int, list[str]]:
 @every
 async def test_every_step_tells_a_reader_what_it_does(scenario: Scenario) -> None:
     async with prepared(scenario) as run, run.life() as life:
-        operation = await life.submit(scenario.verb, run.target, run.params)
+        await run.submit(life)
+        operation = (await run.rig.records.operations.need(run.operation_id)).value
         steps = DEFINITIONS[scenario.verb].steps(operation)
         assert [step.name for step in steps if " " not in step.words] == [], "Step(…, words='making its disks')"
         await life.finish(operation.id)

@@ -161,6 +161,7 @@ def describe(view: SnapshotView, known: dict[str, str], now: float, *, colour: b
             ("after", known.get(snapshot.parent, snapshot.parent)),
             ("now", f"{snapshot.vm_name} goes on from here" if view.current else ""),
             ("forks", "\n".join(view.forks)),
+            ("standby", _standby(view)),
             ("size", size(view.size)),
             ("memory", _memory(snapshot)),
             ("machine", f"{snapshot.spec.machine}, {snapshot.spec.firmware}"),
@@ -174,6 +175,13 @@ def describe(view: SnapshotView, known: dict[str, str], now: float, *, colour: b
         ),
         colour=colour,
     )
+
+
+def _standby(view: SnapshotView) -> str:
+    if not (view.snapshot.standby or view.standing_by):
+        return ""
+    promised = f", {size(view.standby_memory)} of memory promised" if view.standby_memory else ""
+    return f"{view.standing_by} of {view.snapshot.standby} VMs{promised}"
 
 
 def _memory(snapshot: Snapshot) -> str:

@@ -72,7 +72,7 @@ def _list(ctx: Context, views: list[SnapshotView]) -> str:
     if not views:
         ctx.say("no templates yet; make one with: mica template create VM")
         return ""
-    head = ("NAME", "VCPUS", "RAM", "SIZE", "AGE", "MEMORY", "STATE", "USED BY", "ABOUT")
+    head = ("NAME", "VCPUS", "RAM", "SIZE", "AGE", "MEMORY", "STATE", "STANDBY", "USED BY", "ABOUT")
     return table(head, [_row(view, ctx.now) for view in views], right=(1, 2, 3, 4), colour=ctx.colour, width=ctx.width)
 
 
@@ -87,6 +87,7 @@ def _row(view: SnapshotView, now: float) -> tuple[str, ...]:
         age(snapshot.created_at, now),
         "yes" if view.memory else "no",
         state(view),
+        f"{view.standing_by} of {snapshot.standby}" if snapshot.standby or view.standing_by else "-",
         f"{len(view.forks)} VM{'s' if len(view.forks) > 1 else ''}" if view.forks else "-",
         ", ".join([*about, *([snapshot.description] if snapshot.description else [])]) or "-",
     )
@@ -112,10 +113,11 @@ async def set_(
     name: str | None = None,
     description: str | None = None,
     protected: Annotated[bool | None, Parameter(negative="--no-protected")] = None,
+    standby: int | None = None,
     options: Options = DEFAULTS,
     ctx: Annotated[Context, Hidden],
 ) -> None:
-    """Rename, describe or protect a template.
+    """Rename, describe or protect a template, or have VMs stand by for the shortest start.
 
     Parameters
     ----------
@@ -127,8 +129,11 @@ async def set_(
         What it is for.
     protected
         Refuse to delete it.
+    standby
+        How many VMs wait, ready, for whoever runs it next (0 to 64). Each is promised as much memory as any copy of
+        it, and gives way where that is short. --standby 0 ends them.
     """
-    body = SnapshotSet(name=name, description=description, protected=protected)
+    body = SnapshotSet(name=name, description=description, protected=protected, standby=standby)
     if body == SnapshotSet():
         raise invalid(f"nothing to change about {template}", hint="see: mica template set --help")
     async with ctx.client() as client:

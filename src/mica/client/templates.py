@@ -42,7 +42,8 @@ class Templates:
     async def set(
         self, template: str, body: SnapshotSet, *, wait: bool = True, on_progress: OnProgress | None = None
     ) -> Operation:
-        """Another name or description, or protection from being deleted. Raises ``exists``."""
+        """Another name or description, protection from being deleted, VMs that stand by. Raises ``exists``,
+        ``invalid``."""
         return await self._verb("PATCH", path_of("templates", template), body, wait, on_progress)
 
     async def delete(self, template: str, *, wait: bool = True, on_progress: OnProgress | None = None) -> Operation:

@@ -14,7 +14,7 @@ import structlog
 
 from mica import __version__
 from mica.daemon.settings import Settings
-from mica.engine import boots
+from mica.engine import standbys
 from mica.engine.engine import Engine
 from mica.engine.forking import clone, fork, restore
 from mica.engine.image_views import booted_size
@@ -158,7 +158,7 @@ class Service:
     async def host(self) -> HostView:
         capacity = self._engine.env.host.capacity()
         ledger = (await self._records.read_ledger()).value.reserved.values()
-        hidden = await boots.hidden(self._engine.env)
+        hidden = await standbys.giving_way(self._engine.env)
         rows = (await self._records.statuses.scan()).items()
         statuses = [status.value.observed.state for vm_id, status in rows if vm_id not in hidden]
         found = self._hypervisor.found

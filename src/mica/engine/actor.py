@@ -317,7 +317,10 @@ class VmActor(Actor):
             raise
         if seen.run is RunState.SHUTDOWN:
             return  # its process is about to end, and then we settle
-        self._tell_guests(status.runtime, seen.agent)
+        if seen.run is RunState.RUNNING:
+            # One that stands still answers nobody, and would find what it was asked meanwhile when it goes on. And
+            # QEMU knows of the port of one that was copied only when its vCPUs run.
+            self._tell_guests(status.runtime, seen.agent)
         state = VmState.RUNNING if seen.run is RunState.RUNNING else VmState.PAUSED
         await set_state(self._env, self.vm_id, lambda o: self._seen(o, state, seen.reason, seen.agent))
 
@@ -360,6 +363,10 @@ class VmActor(Actor):
 def requests(operations: tuple[Operation, ...]) -> list[Pending]:
     """What an inbox holds, as the policy sees it."""
     return [
-        pending(VmVerb(o.verb), paused=bool(o.params.get("paused")), start=bool(o.params.get("start")))
+        pending(
+            VmVerb(o.verb),
+            paused=bool(o.params.get("paused") or o.params.get("held")),
+            start=bool(o.params.get("start")),
+        )
         for o in operations
     ]

@@ -19,11 +19,11 @@ class Pending(msgspec.Struct, frozen=True):
 
 
 def pending(verb: VmVerb, *, paused: bool = False, start: bool = False) -> Pending:
-    """``paused``: a start that leaves the vCPUs held; ``start``: a creation that goes on to a running VM."""
+    """``paused``: a start that leaves the vCPUs held; ``start``: a creation that goes on to a VM that is started."""
     if verb is VmVerb.START and paused:
         return Pending(verb, VmState.PAUSED)
     if verb is VmVerb.CREATE and start:
-        return Pending(verb, VmState.RUNNING)
+        return Pending(verb, VmState.PAUSED if paused else VmState.RUNNING)
     if verb is VmVerb.REVERT:
         return Pending(verb, VmState.RUNNING if start else VmState.STOPPED)
     return Pending(verb, RULES[verb].leads_to)

@@ -14,6 +14,7 @@ from mica.model.image import Image
 from mica.model.operation import Operation
 from mica.model.schedule import Schedule
 from mica.model.snapshot import Part, Snapshot
+from mica.model.standby import Standby
 from mica.model.units import Bytes
 from mica.model.vm import Vm, VmStatus
 from mica.ports.store import ABSENT, Conflict, Key, Store, Transaction
@@ -169,6 +170,7 @@ class Records:
         self.parts = Table(store, "part", Part)
         self.schedules = Table(store, "schedule", Schedule)
         self.boots = Table(store, "boot", Boot)
+        self.standbys = Table(store, "standby", Standby)
 
     async def commit(self, draft: Draft, *, durable: bool = True) -> int:
         return await self.store.commit(draft.transaction(), durable=durable)

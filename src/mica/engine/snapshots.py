@@ -113,6 +113,8 @@ async def needed(env: Env) -> set[str]:
 async def in_use(env: Env, snapshot_id: str) -> Operation | None:
     """An operation under way that needs the snapshot."""
     for row in (await env.records.operations.scan()).values():
+        if row.value.params.get("held"):
+            continue  # a VM that is to stand by is nobody's, and comes to nothing without it
         if not row.value.state.ended and snapshot_id in (
             row.value.params.get("snapshot"),
             row.value.params.get("snapshot_id"),

@@ -12,7 +12,8 @@ from mica.engine.damage import read_parts, vm_roots, wrong
 from mica.engine.definition import Env
 from mica.engine.image_views import image_views
 from mica.engine.operations.vm_create import find_image
-from mica.engine.records import Records, Versioned
+from mica.engine.records import Versioned
+from mica.engine.standbys import Stock, stocks
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Operation, OperationState
 from mica.model.schedule import Schedule, format_keep
@@ -49,8 +50,14 @@ class _Shelf:
     """The rows that snapshots are told from, read once for all that are told."""
 
     def __init__(
-        self, snapshots: dict[str, Versioned[Snapshot]], parts: dict[str, Part], damaged: dict[str, str], vms: list[Vm]
+        self,
+        snapshots: dict[str, Versioned[Snapshot]],
+        parts: dict[str, Part],
+        damaged: dict[str, str],
+        vms: list[Vm],
+        standing: dict[str, Stock],
     ) -> None:
+        self._standing = standing
         self.rows = sorted(snapshots.values(), key=lambda row: (row.value.created_at, row.value.id))
         self._parts = parts
         self._damaged_images = damaged
@@ -65,18 +72,21 @@ class _Shelf:
                 self._owners.setdefault(part, row.value.id)
 
     @classmethod
-    async def read(cls, records: Records) -> _Shelf:
+    async def read(cls, env: Env) -> _Shelf:
+        records = env.records
         return cls(
             await records.snapshots.scan(),
             {id_: row.value for id_, row in (await records.parts.scan()).items()},
             {id_: row.value.damaged for id_, row in (await records.images.scan()).items() if row.value.damaged},
-            [row.value for row in (await records.vms.scan()).values()],
+            [row.value for row in (await records.vms.scan()).values() if not row.value.hidden],
+            await stocks(env),
         )
 
     def view(self, row: Versioned[Snapshot]) -> SnapshotView:
         snapshot = row.value
         known, damaged = self._needs(snapshot)
         own = [self._parts[id_] for id_ in snapshot.parts if id_ in self._parts and self._owners[id_] == snapshot.id]
+        stock = self._standing.get(snapshot.id, Stock())
         checked = [part.verified_at for part in known if part.verified_at is not None]
         return SnapshotView(
             snapshot=snapshot,
@@ -88,6 +98,8 @@ class _Shelf:
             verified_at=min(checked) if checked and len(checked) == len(known) else None,
             damaged=damaged,
             forks=tuple(sorted(vm.name for vm in self._descendants.get(snapshot.id, ()) if vm.id != snapshot.vm_id)),
+            standing_by=stock.ready,
+            standby_memory=stock.memory,
         )
 
     def _needs(self, snapshot: Snapshot) -> tuple[list[Part], tuple[str, ...]]:
@@ -266,7 +278,7 @@ class Views:
         """All snapshots, or those of one VM, oldest first; with ``forks`` also the moments at which forks began."""
         vm_id = await self._records.resolve_vm(vm) if vm else ""
         revision = await self._records.store.revision()
-        shelf = await _Shelf.read(self._records)
+        shelf = await _Shelf.read(self._env)
         chosen = [
             row
             for row in shelf.rows
@@ -279,12 +291,12 @@ class Views:
         """One snapshot of a VM by name, id or the beginning of its id. Raises ``not-found``."""
         id_ = await self._records.resolve_snapshot(await self._records.resolve_vm(vm), ref)
         row = await self._records.snapshots.need(id_)
-        return (await _Shelf.read(self._records)).view(row)
+        return (await _Shelf.read(self._env)).view(row)
 
     async def templates(self) -> SnapshotPage:
         """All templates, by name."""
         revision = await self._records.store.revision()
-        shelf = await _Shelf.read(self._records)
+        shelf = await _Shelf.read(self._env)
         chosen = [row for row in shelf.rows if row.value.kind is SnapshotKind.TEMPLATE]
         chosen.sort(key=lambda row: row.value.name)
         return SnapshotPage(revision=revision, items=tuple(shelf.view(row) for row in chosen))
@@ -292,7 +304,7 @@ class Views:
     async def template(self, ref: str) -> SnapshotView:
         """One template by name, id or the beginning of its id. Raises ``not-found``."""
         row = await self._records.snapshots.need(await self._records.resolve_template(ref))
-        return (await _Shelf.read(self._records)).view(row)
+        return (await _Shelf.read(self._env)).view(row)
 
     async def schedules(self) -> SchedulePage:
         """All schedules, oldest first."""
@@ -387,7 +399,7 @@ class Views:
             return (await image_views(self._env, [row]))[0] if row else None
         if kind == "snapshot":
             snapshot = await self._records.snapshots.get(id_)
-            return (await _Shelf.read(self._records)).view(snapshot) if snapshot else None
+            return (await _Shelf.read(self._env)).view(snapshot) if snapshot else None
         vm, status = await self._records.vms.get(id_), await self._records.statuses.get(id_)
         if vm is None or status is None:
             return None

@@ -113,7 +113,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A machine at one moment. ``disks`` maps each disk (and the UEFI variables) to its layer. ``memory`` is ``None``
     when the machine was stopped or its memory was not wanted. ``parent`` is the snapshot that it descends from.
     ``quiesced``: the guest had frozen its file systems. ``schedule`` is the id of the schedule that had it taken.
-    ``used_at``: when a VM last began at a ``boot``. ``lost`` says what its machine lost by it, nothing as a rule."""
+    ``used_at``: when a VM last began at a ``boot``. ``lost`` says what its machine lost by it, nothing as a rule.
+    ``standby``: how many VMs are to stand by at a ``template``."""
 
     id: str
     vm_id: str
@@ -134,6 +135,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     quiesced: bool = False
     schedule: str = ""
     used_at: float | None = None
+    standby: int = 0
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -113,11 +113,12 @@ class SnapshotRestore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 class SnapshotSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``PATCH /v1/vms/{vm}/snapshots/{snapshot}`` and of ``PATCH /v1/templates/{template}``; what is left out
-    stays."""
+    stays. ``standby``: how many VMs (0 to 64) are to wait at a template with memory, for the shortest start."""
 
     name: str | None = None
     description: str | None = None
     protected: bool | None = None
+    standby: int | None = None
 
 
 class TemplateCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -168,6 +169,7 @@ class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
     ``damaged`` says what a check found wrong with what it needs, part by part, and ``verified_at`` is when the part
     that was checked longest ago was. ``memory`` tells whether it has the memory of a running machine; ``current``
     whether its VM's present state descends directly from it; ``forks`` names the other VMs whose state does too.
+    ``standing_by`` counts the VMs that wait at a template now, which are promised ``standby_memory`` bytes.
     """
 
     snapshot: Snapshot
@@ -179,6 +181,8 @@ class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
     verified_at: float | None = None
     damaged: tuple[str, ...] = ()
     forks: tuple[str, ...] = ()
+    standing_by: int = 0
+    standby_memory: Bytes = Bytes(0)
 
 
 class SnapshotPage(msgspec.Struct, frozen=True, kw_only=True):

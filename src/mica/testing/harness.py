@@ -195,6 +195,7 @@ class Rig:
             "image rows": {i: (r.value.image, r.value.damaged) for i, r in (await records.images.scan()).items()},
             "schedules": {i: r.value.keep for i, r in (await records.schedules.scan()).items()},
             "snapshots": {i: r.value for i, r in (await records.snapshots.scan()).items()},
+            "standbys": {i: r.value.template for i, r in (await records.standbys.scan()).items()},
             "part rows": sorted(await records.parts.scan()),
             "promises": (await records.read_ledger()).value.reserved,
         }

@@ -39,6 +39,7 @@ async def lies(world: SimulatedHost, records: Records, *, stuck: bool = False, l
     names = {name: row.value.holder for name, row in (await records.names.scan()).items()}
     if leftovers:
         names = {name: holder for name, holder in names.items() if vms[holder].deleted_at is None}
+    found += [f"VM {id_} stands by and is not there" for id_ in (await records.standbys.scan()).keys() - vms.keys()]
     found += _claims(vms, names, await records.slots.scan())
     found += [f"a process of {vm_id} has no live VM" for vm_id in world.processes.keys() - live]
     if not leftovers:

@@ -53,7 +53,12 @@ async def show(engine: EngineDep, template: Ref) -> Response[SnapshotView]:
     return Response(view, headers={"ETag": f'"{view.generation}"'})
 
 
-@patch(TEMPLATE, status_code=202, summary="Rename, describe or protect a template", operation_id="template_set")
+@patch(
+    TEMPLATE,
+    status_code=202,
+    summary="Rename, describe or protect a template, or have VMs stand by",
+    operation_id="template_set",
+)
 async def change(engine: EngineDep, terms: TermsDep, template: Ref, data: JSONBody[SnapshotSet]) -> Response[Operation]:
     return await submit(engine, "snapshot.set", await _meant(engine, template, terms), data, terms)
 

@@ -11,8 +11,9 @@ from mica.engine.definition import Context, Definition, Env, NoParams, Proposal,
 from mica.engine.operations.placing import check_template_name
 from mica.engine.records import Claim, Draft, Versioned
 from mica.engine.snapshots import claim_of, draft_remove, in_use, sweep, word
-from mica.model.errors import Code, MicaError
+from mica.model.errors import Code, MicaError, invalid
 from mica.model.snapshot import HISTORY, Part, Snapshot, SnapshotKind, SnapshotState
+from mica.model.standby import check_standby
 from mica.model.views import SnapshotSet
 from mica.model.vm import check_name
 from mica.ports.store import ABSENT
@@ -119,6 +120,7 @@ async def plan_set(proposal: Proposal) -> None:
         name=old.name if body.name is None else body.name,
         description=old.description if body.description is None else body.description,
         protected=old.protected if body.protected is None else body.protected,
+        standby=old.standby if body.standby is None else _standby(old, body.standby),
     )
     if new.name != old.name:
         table, key = claim_of(env.records, new)
@@ -132,6 +134,21 @@ async def plan_set(proposal: Proposal) -> None:
         proposal.draft.delete(*claim_of(env.records, old))
     proposal.draft.put(env.records.snapshots, old.id, new, row.generation)
     proposal.stored_params = {"old": {field: getattr(old, field) for field in SnapshotSet.__struct_fields__}}
+
+
+def _standby(snapshot: Snapshot, number: int) -> int:
+    """How many VMs are to stand by. Raises ``invalid`` where none can."""
+    if number and not _is_template(snapshot):
+        raise invalid(
+            f"no VMs stand by at {word(snapshot)}",
+            hint=f"make a template, and set that: `mica template create {snapshot.vm_name}`",
+        )
+    if number and snapshot.memory is None:
+        raise invalid(
+            f"{word(snapshot)} has no memory: what begins there boots",
+            hint="make one of a VM that runs: `mica template create VM`",
+        )
+    return check_standby(number)
 
 
 async def written(context: Context) -> None:

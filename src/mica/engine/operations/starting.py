@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from mica.engine import boots
+from mica.engine import standbys
 from mica.engine.admission import Ways, admit, with_room
 from mica.engine.damage import explained, sound
 from mica.engine.definition import Context, Env, Proposal, Step
@@ -72,9 +72,9 @@ async def reserve(proposal: Proposal, vm: Vm, *, overcommit: bool, ways: Ways | 
         except MicaError as error:
             if error.code is not Code.INSUFFICIENT_MEMORY or vm.hidden:
                 raise
-            # Whatever nobody asked for makes room (mica.engine.reconcilers.boots ends them).
+            # Whatever nobody asked for makes room (mica.engine.reconcilers.boots and .standby end them).
             await cool(env, 0)
-            offer({vm.id, *await boots.hidden(env)})
+            offer({vm.id, *await standbys.giving_way(env)})
     # Until it is down, what runs now needs its memory.
     most = Reservation(Bytes(max(need.ram, held.ram)), Bytes(max(need.overhead, held.overhead)))
     new = Ledger({**ledger.value.reserved, vm.id: most})
@@ -291,9 +291,37 @@ async def launched(context: Context) -> StatefulMachine:
     """The machine that was launched. Raises ``qemu-failed`` with its last words."""
     machine = await context.env.machines.attach(context.vm_id)
     if machine is None:
-        words = (await context.env.hypervisor.autopsy(context.output("launch", VmRuntime))).last_words
+        words = await _last_words(context)
         raise MicaError(Code.QEMU_FAILED, f"QEMU ended before the guest ran{': ' + words if words else ''}")
     return machine
+
+
+async def _last_words(context: Context) -> str:
+    """Of the machine that this launched, or that was taken where it stood by."""
+    if "launch" in context.outputs:
+        return (await context.env.hypervisor.autopsy(context.output("launch", VmRuntime))).last_words
+    runtime = (await context.env.records.statuses.need(context.vm_id)).value.runtime
+    return (await context.env.hypervisor.autopsy(runtime)).last_words if runtime is not None else ""
+
+
+async def hold(context: Context) -> None:
+    """Bring the machine to the state that it begins at, and hold it near there until somebody takes it (``run``).
+
+    Its guest answers once before: the first steps of a copy are the slow ones, as QEMU has translated nothing and
+    copied no page. It has random numbers of its own from then on, its NICs stay unplugged, and nobody can ask it
+    anything; who it is it learns when it is taken.
+    """
+    env, vm_id, machine = context.env, context.vm_id, await launched(context)
+    begun = await _origin(context, SnapshotState.SAVING)
+    assert begun is not None
+    if (await machine.observe()).run is RunState.PRELAUNCH:  # else this is repeated, and it has its state
+        await machine.load(begun[1])
+    runtime = (await env.records.statuses.need(vm_id)).value.runtime
+    assert runtime is not None
+    await resumed_as(env, vm_id, machine, runtime, Identity(id=vm_id, parent_id=begun[0].vm_id))
+    await machine.pause()
+    seen = await machine.observe()
+    await set_state(env, vm_id, lambda o: replace(moved(env, o, VmState.PAUSED, "it stands by"), agent=seen.agent))
 
 
 async def run(context: Context) -> None:
@@ -355,3 +383,4 @@ START: tuple[Step, ...] = (
     Step("launch", launch, undo_launch, words="launching QEMU"),
     Step("run", run, words="letting its vCPUs go"),
 )
+HOLD: tuple[Step, ...] = (*START[:-1], Step("hold", hold, cancellable=False, words="bringing its memory in"))

@@ -16,10 +16,12 @@ from mica.engine.definition import Context, Definition, Env, Proposal, Step
 from mica.engine.operations.booting import begin_booted, hidden_vm
 from mica.engine.operations.copying import ORIGIN, UNTIE, copy_of, yet_to_become
 from mica.engine.operations.placing import free_name, free_slot
-from mica.engine.operations.starting import START, reserve
+from mica.engine.operations.standing import held_vm, take
+from mica.engine.operations.starting import HOLD, START, reserve
 from mica.engine.records import Claim, Draft, ImageRow
-from mica.engine.settle import moved, set_state
+from mica.engine.settle import moved, set_state, take_down
 from mica.engine.snapshots import draft_remove
+from mica.engine.standbys import Held
 from mica.model.errors import Code, MicaError, invalid
 from mica.model.image import Firmware, Image
 from mica.model.mac import mac_address
@@ -149,11 +151,16 @@ async def claim_name(
 async def plan(proposal: Proposal) -> None:
     assert isinstance(proposal.params, VmCreate)
     env, body, vm_id = proposal.env, proposal.params, proposal.target_id
+    if isinstance(body, Held):
+        await admit_new(proposal, await held_vm(proposal, body))
+        return
     template = "" if body.snapshot else await template_meant(env, body.image)
     if body.snapshot or template:
         wanted = replace(body, image="", snapshot=template) if template else body
-        vm = await copy_of(proposal, wanted)
-        await admit_new(proposal, vm)
+        if await take(proposal, wanted):
+            await claim_name(env, proposal.draft, proposal.target_name, proposal.target_id)
+        else:
+            await admit_new(proposal, await copy_of(proposal, wanted))
         return
     if body.full:
         raise invalid("a full copy is one of a snapshot", hint="clone the VM: `mica clone VM --full`")
@@ -224,6 +231,7 @@ async def erase(env: Env, vm_id: str) -> None:
         of_it = [r for r in (await env.records.snapshots.scan()).values() if r.value.vm_id == vm_id]
         await draft_remove(env, draft, {r.value.id: r for r in of_it if r.value.kind not in LASTING})
         draft.delete(env.records.slots, str(vm.value.slot))
+        draft.delete(env.records.standbys, vm_id)
         draft.delete(env.records.vms, vm_id, vm.generation)
         draft.delete(env.records.statuses, vm_id)
 
@@ -234,6 +242,13 @@ async def undo_record(context: Context) -> None:
     await context.env.hypervisor.erase(context.vm_id)
     await context.env.records.release(context.vm_id)
     await erase(context.env, context.vm_id)
+
+
+async def undo_take(context: Context) -> None:
+    """It goes with all that it had while it stood by: another one will."""
+    await take_down(context.env, context.vm_id, clean=False)
+    await context.env.volumes.remove(context.vm_id)
+    await undo_record(context)
 
 
 async def record(context: Context) -> None:
@@ -280,10 +295,17 @@ CREATE = (
 )
 
 
+TAKE = (Step("record", record, undo_take, words="writing it down"), START[-1])
+
+
 def steps(operation: Operation) -> Sequence[Step]:
+    if operation.params.get("taken"):
+        return TAKE
     create = (CREATE[0], ORIGIN, *CREATE[1:]) if operation.params.get("snapshot") else CREATE
     if operation.params.get("full"):
         create = (*create[:-1], UNTIE, create[-1])
+    if operation.params.get("held"):
+        return (*create, *HOLD)
     return (*create, *START) if operation.params.get("start") else create
 
 
