@@ -12,14 +12,11 @@ from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
 from mica.model.errors import Code, MicaError, Problem, invalid, not_found
 from mica.model.operation import Actor, Operation, OperationState
-from mica.model.schedule import Schedule, check_every, parse_keep
+from mica.model.schedule import Schedule, ScheduleCreate, SchedulePage, ScheduleView, check_every, parse_keep
 from mica.model.snapshot import HISTORY, MachineBuild, MemoryState, Snapshot, SnapshotKind, SnapshotState
 from mica.model.units import MIB, Bytes
 from mica.model.views import (
     ForkAccepted,
-    ScheduleCreate,
-    SchedulePage,
-    ScheduleView,
     SnapshotPage,
     SnapshotRestore,
     SnapshotSet,

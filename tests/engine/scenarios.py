@@ -11,10 +11,10 @@ from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
 from mica.model.image import DebianRecipe, MicroRecipe
 from mica.model.operation import OperationState
-from mica.model.schedule import format_keep
+from mica.model.schedule import ScheduleCreate, format_keep
 from mica.model.snapshot import SnapshotKind
 from mica.model.units import GIB, MIB, Bytes
-from mica.model.views import ImageMake, ScheduleCreate, VmCreate, VmDelete, VmRestore, VmSet, VmStart, VmStop
+from mica.model.views import ImageMake, VmCreate, VmDelete, VmRestore, VmSet, VmStart, VmStop
 from mica.model.vm import DiskSpec, IoLimits, VmState
 from mica.ports.hypervisor import RunState
 from mica.testing.harness import Life, Rig

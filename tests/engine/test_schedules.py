@@ -7,8 +7,9 @@ import msgspec
 from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
 from mica.model.errors import Code, MicaError
+from mica.model.schedule import ScheduleCreate
 from mica.model.snapshot import Snapshot, SnapshotKind
-from mica.model.views import ScheduleCreate, SnapshotSet, VmDelete, VmSet, VmStart, VmStop
+from mica.model.views import SnapshotSet, VmDelete, VmSet, VmStart, VmStop
 from mica.testing.harness import Life, Rig
 from tests.engine.worlds import create, do, living, refused
 

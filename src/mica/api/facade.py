@@ -13,6 +13,7 @@ import msgspec
 from mica.model.doctor import DoctorReport
 from mica.model.exec import ExecSpec, ExecView
 from mica.model.operation import Actor, Operation
+from mica.model.schedule import SchedulePage, ScheduleView
 from mica.model.views import (
     Event,
     ForkAccepted,
@@ -20,8 +21,6 @@ from mica.model.views import (
     ImagePage,
     ImageView,
     OperationPage,
-    SchedulePage,
-    ScheduleView,
     SnapshotPage,
     SnapshotRestore,
     SnapshotView,

@@ -7,8 +7,8 @@ from typing import Annotated
 from mica.cli.context import Context
 from mica.cli.options import DEFAULTS, Duration, Flag, Hidden, Options, VmArg
 from mica.cli.text import moment, table
+from mica.model.schedule import ScheduleView
 from mica.model.units import format_duration
-from mica.model.views import ScheduleView
 
 
 async def schedule(

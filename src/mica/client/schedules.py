@@ -5,8 +5,8 @@ from __future__ import annotations
 from mica.client.operations import Operations
 from mica.client.transport import Transport, path_of
 from mica.model.operation import Operation
+from mica.model.schedule import ScheduleCreate, SchedulePage, ScheduleView
 from mica.model.units import parse_duration
-from mica.model.views import ScheduleCreate, SchedulePage, ScheduleView
 
 
 class Schedules:

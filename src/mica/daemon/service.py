@@ -25,6 +25,7 @@ from mica.model.doctor import DoctorReport
 from mica.model.errors import Code, MicaError, invalid
 from mica.model.exec import ExecSpec, ExecView
 from mica.model.operation import Actor, Operation
+from mica.model.schedule import SchedulePage, ScheduleView
 from mica.model.transitions import LIVE
 from mica.model.units import Bytes
 from mica.model.views import (
@@ -34,8 +35,6 @@ from mica.model.views import (
     ImagePage,
     ImageView,
     OperationPage,
-    SchedulePage,
-    ScheduleView,
     SnapshotPage,
     SnapshotRestore,
     SnapshotView,

@@ -13,19 +13,16 @@ from mica.engine.definition import Env
 from mica.engine.image_views import image_views
 from mica.engine.operations.vm_create import find_image
 from mica.engine.records import Versioned
-from mica.engine.standbys import Stock, stocks
+from mica.engine.shelf import Shelf
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Operation, OperationState
-from mica.model.schedule import Schedule, format_keep
-from mica.model.snapshot import HISTORY, LASTING, Part, Snapshot, SnapshotKind, SnapshotState
-from mica.model.units import Bytes
+from mica.model.schedule import Schedule, SchedulePage, ScheduleView, format_keep
+from mica.model.snapshot import HISTORY, LASTING, Part, SnapshotKind
 from mica.model.views import (
     Event,
     ImagePage,
     ImageView,
     OperationPage,
-    SchedulePage,
-    ScheduleView,
     SnapshotPage,
     SnapshotView,
     VmPage,
@@ -42,89 +39,6 @@ replace = msgspec.structs.replace
 
 MAX_PAGE = 1000
 _TOLD = ("vm", "operation", "image", "snapshot")
-# All others come and go with what they are for.
-_LISTED = (*HISTORY, SnapshotKind.TEMPLATE)
-
-
-class _Shelf:
-    """The rows that snapshots are told from, read once for all that are told."""
-
-    def __init__(
-        self,
-        snapshots: dict[str, Versioned[Snapshot]],
-        parts: dict[str, Part],
-        damaged: dict[str, str],
-        vms: list[Vm],
-        standing: dict[str, Stock],
-    ) -> None:
-        self._standing = standing
-        self.rows = sorted(snapshots.values(), key=lambda row: (row.value.created_at, row.value.id))
-        self._parts = parts
-        self._damaged_images = damaged
-        self._present = {vm.id: vm.snapshot for vm in vms}
-        self._descendants: dict[str, list[Vm]] = {}
-        for vm in vms:
-            self._descendants.setdefault(vm.snapshot, []).append(vm)
-        self._owners: dict[str, str] = {}
-        # What the moment of a fork shares with a snapshot that is listed is the latter's.
-        for row in sorted(self.rows, key=lambda row: row.value.kind not in _LISTED):
-            for part in row.value.parts:
-                self._owners.setdefault(part, row.value.id)
-
-    @classmethod
-    async def read(cls, env: Env) -> _Shelf:
-        records = env.records
-        return cls(
-            await records.snapshots.scan(),
-            {id_: row.value for id_, row in (await records.parts.scan()).items()},
-            {id_: row.value.damaged for id_, row in (await records.images.scan()).items() if row.value.damaged},
-            [row.value for row in (await records.vms.scan()).values() if not row.value.hidden],
-            await stocks(env),
-        )
-
-    def view(self, row: Versioned[Snapshot]) -> SnapshotView:
-        snapshot = row.value
-        known, damaged = self._needs(snapshot)
-        own = [self._parts[id_] for id_ in snapshot.parts if id_ in self._parts and self._owners[id_] == snapshot.id]
-        stock = self._standing.get(snapshot.id, Stock())
-        checked = [part.verified_at for part in known if part.verified_at is not None]
-        return SnapshotView(
-            snapshot=snapshot,
-            generation=row.generation,
-            size=Bytes(sum(part.size for part in own)),
-            memory=snapshot.memory is not None,
-            current=self._present.get(snapshot.vm_id) == snapshot.id,
-            complete=snapshot.state is SnapshotState.COMPLETE,
-            verified_at=min(checked) if checked and len(checked) == len(known) else None,
-            damaged=damaged,
-            forks=tuple(sorted(vm.name for vm in self._descendants.get(snapshot.id, ()) if vm.id != snapshot.vm_id)),
-            standing_by=stock.ready,
-            standby_memory=stock.memory,
-        )
-
-    def _needs(self, snapshot: Snapshot) -> tuple[list[Part], tuple[str, ...]]:
-        """All parts that it consists of or lies over, and what is wrong with them, in words."""
-        waiting, seen = list(reversed(snapshot.parts)), set[str]()
-        known: list[Part] = []
-        damaged: list[str] = []
-        while waiting:
-            id_ = waiting.pop()
-            if id_ in seen:
-                continue
-            seen.add(id_)
-            part = self._parts.get(id_)
-            if part is None:
-                if snapshot.state is not SnapshotState.TAKING:
-                    damaged.append(f"part {id_[:8]} is not there")
-                continue
-            known.append(part)
-            if part.damaged:
-                damaged.append(f"{part.kind} {part.name}".strip() + f": {part.damaged}")
-            if part.image in self._damaged_images:
-                damaged.append(f"image of {part.name}: {self._damaged_images[part.image]}")
-            if part.base:
-                waiting.append(part.base)
-        return known, tuple(damaged)
 
 
 class Views:
@@ -278,7 +192,7 @@ class Views:
         """All snapshots, or those of one VM, oldest first; with ``forks`` also the moments at which forks began."""
         vm_id = await self._records.resolve_vm(vm) if vm else ""
         revision = await self._records.store.revision()
-        shelf = await _Shelf.read(self._env)
+        shelf = await Shelf.read(self._env)
         chosen = [
             row
             for row in shelf.rows
@@ -291,12 +205,12 @@ class Views:
         """One snapshot of a VM by name, id or the beginning of its id. Raises ``not-found``."""
         id_ = await self._records.resolve_snapshot(await self._records.resolve_vm(vm), ref)
         row = await self._records.snapshots.need(id_)
-        return (await _Shelf.read(self._env)).view(row)
+        return (await Shelf.read(self._env)).view(row)
 
     async def templates(self) -> SnapshotPage:
         """All templates, by name."""
         revision = await self._records.store.revision()
-        shelf = await _Shelf.read(self._env)
+        shelf = await Shelf.read(self._env)
         chosen = [row for row in shelf.rows if row.value.kind is SnapshotKind.TEMPLATE]
         chosen.sort(key=lambda row: row.value.name)
         return SnapshotPage(revision=revision, items=tuple(shelf.view(row) for row in chosen))
@@ -304,7 +218,7 @@ class Views:
     async def template(self, ref: str) -> SnapshotView:
         """One template by name, id or the beginning of its id. Raises ``not-found``."""
         row = await self._records.snapshots.need(await self._records.resolve_template(ref))
-        return (await _Shelf.read(self._env)).view(row)
+        return (await Shelf.read(self._env)).view(row)
 
     async def schedules(self) -> SchedulePage:
         """All schedules, oldest first."""
@@ -399,7 +313,7 @@ class Views:
             return (await image_views(self._env, [row]))[0] if row else None
         if kind == "snapshot":
             snapshot = await self._records.snapshots.get(id_)
-            return (await _Shelf.read(self._env)).view(snapshot) if snapshot else None
+            return (await Shelf.read(self._env)).view(snapshot) if snapshot else None
         vm, status = await self._records.vms.get(id_), await self._records.statuses.get(id_)
         if vm is None or status is None:
             return None

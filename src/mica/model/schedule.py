@@ -135,3 +135,38 @@ def expired(snapshots: Mapping[str, Taken], rules: Collection[Keep]) -> set[str]
     good = {id_: at for id_, at in all_.items() if snapshots[id_].good}
     protected = {id_ for id_, taken in snapshots.items() if taken.protected}
     return all_.keys() - kept(all_, rules) - kept(good, rules) - protected
+
+
+class ScheduleCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/schedules``: snapshots of a VM (``vm``, its name or id), or of all that have a ``label``
+    (``KEY`` or ``KEY=VALUE``), every so many seconds, the first one at once.
+
+    ``keep`` tells which stay: ``24h,7d,4w`` is the last of each of 24 hours, 7 days and 4 weeks. ``memory``: with the
+    memory of VMs that run.
+    """
+
+    vm: str = ""
+    label: str = ""
+    every_s: float = 3600.0
+    keep: str = "24h,7d,4w"
+    memory: bool = True
+
+
+class ScheduleView(msgspec.Struct, frozen=True, kw_only=True):
+    """One schedule: ``target`` is the name of its VM, or its label; ``keep`` as it is written. ``next_at`` is when it
+    has snapshots taken next, ``vms`` are the names of those it covers now, ``snapshots`` counts those it has."""
+
+    schedule: Schedule
+    generation: int
+    target: str
+    keep: str
+    next_at: float
+    vms: tuple[str, ...]
+    snapshots: int
+
+
+class SchedulePage(msgspec.Struct, frozen=True, kw_only=True):
+    """Schedules, oldest first."""
+
+    revision: int
+    items: tuple[ScheduleView, ...]

@@ -10,7 +10,7 @@ from litestar.params import JSONBody, PathParameter
 from mica.api.params import EngineDep, TermsDep, submit
 from mica.engine.definition import NoParams
 from mica.model.operation import Operation
-from mica.model.views import ScheduleCreate, SchedulePage, ScheduleView
+from mica.model.schedule import ScheduleCreate, SchedulePage, ScheduleView
 
 SCHEDULES = "/v1/schedules"
 Ref = Annotated[str, PathParameter(description="A schedule's id, or its beginning (8 characters)")]

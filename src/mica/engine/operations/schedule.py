@@ -7,8 +7,7 @@ from typing import Any
 from mica.engine.definition import Context, Definition, NoParams, Proposal, Step
 from mica.engine.records import Draft
 from mica.model.errors import Code, MicaError, invalid
-from mica.model.schedule import MAX_SCHEDULES, Schedule, check_every, parse_keep
-from mica.model.views import ScheduleCreate
+from mica.model.schedule import MAX_SCHEDULES, Schedule, ScheduleCreate, check_every, parse_keep
 from mica.model.vm import check_labels
 from mica.ports.store import ABSENT
 
