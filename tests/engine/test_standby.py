@@ -94,6 +94,20 @@ async def test_who_runs_it_takes_one_and_another_follows() -> None:
         assert (await seen(life)).standing_by == 1
 
 
+async def test_those_of_a_guest_with_frozen_file_systems_thaw_when_they_are_taken() -> None:
+    async with living() as life:
+        await create(life, "a", start=True, disks=(DISK,))
+        await life.advance(5.0)
+        await do(life, "snapshot.create", "a", Take(kind=SnapshotKind.TEMPLATE, name="golden", quiesce=True))
+        await do(life, "snapshot.set", (await seen(life)).snapshot.id, SnapshotSet(standby=1))
+        await life.advance(FILLED_S)
+        (vm_id,) = await members(life)
+        assert life.rig.world.processes[vm_id].frozen
+        assert await taken(life)
+        assert not life.rig.world.processes[vm_id].frozen
+        assert (await life.records.statuses.need(vm_id)).value.frozen == ""
+
+
 async def test_each_becomes_somebody_else_when_it_is_taken() -> None:
     async with living() as life:
         await golden(life, 1)

@@ -14,6 +14,7 @@ from mica.client.vms import make_create
 from mica.engine.operations.snapshot_create import Take
 from mica.model.errors import TABLE, Code
 from mica.model.snapshot import SnapshotKind
+from mica.model.units import MIB, Bytes
 from mica.model.views import TemplateCreate, VmCreate
 from tests.unit.client_fixtures import Served, mica, served
 
@@ -46,10 +47,15 @@ def test_a_template_through_its_life(api: Served, run: Any) -> None:
     assert api.engine.submitted[-1][:3] == ("snapshot.create", "web", take)
     assert run("template", "create", "web", "golden").status == TABLE[Code.EXISTS].exit_status
     head, line = run("template", "list").out.splitlines()
-    assert head.split() == ["NAME", "VCPUS", "RAM", "SIZE", "AGE", "MEMORY", "STATE", "USED", "BY", "ABOUT"]
+    assert head.split() == ["NAME", "VCPUS", "RAM", "SIZE", "AGE", "MEMORY", "STATE", "STANDBY", "USED", "BY", "ABOUT"]
     assert line.split()[:3] == ["golden", "1", "256"]
-    assert line.split()[-4:] == ["ok", "-", "as", "installed"]
+    assert line.split()[-5:] == ["ok", "-", "-", "as", "installed"]
     assert "as installed" in run("template", "show", "golden").out
+    assert run("template", "set", "golden", "--standby", "2").out == "golden is changed\n"
+    assert run("template", "list").out.splitlines()[1].split()[-7:-3] == ["ok", "0", "of", "2"]
+    ((id_, view),) = api.engine.shelf.items()
+    api.engine.shelf[id_] = replace(view, standing_by=1, standby_memory=Bytes(348 * MIB))
+    assert "1 of 2 VMs, 348 MiB of memory promised" in run("template", "show", "golden").out
     assert run("template", "set", "golden", "--name", "fresh", "--protected").out == "fresh is changed\n"
     assert run("template", "set", "fresh").status == TABLE[Code.INVALID].exit_status
     refused = run("template", "delete", "fresh")

@@ -318,6 +318,7 @@ async def hold(context: Context) -> None:
         await machine.load(begun[1])
     runtime = (await env.records.statuses.need(vm_id)).value.runtime
     assert runtime is not None
+    await _owe_thaw(context, begun[0])
     await resumed_as(env, vm_id, machine, runtime, Identity(id=vm_id, parent_id=begun[0].vm_id))
     await machine.pause()
     seen = await machine.observe()
@@ -349,6 +350,12 @@ async def resumed_as(env: Env, vm_id: str, machine: StatefulMachine, runtime: Vm
     return asking.result()
 
 
+async def _owe_thaw(context: Context, snapshot: Snapshot) -> None:
+    """Its memory may be that of a guest whose file systems are frozen: whoever lets it go on is to thaw them."""
+    if snapshot.quiesced:
+        await context.env.records.statuses.update(context.vm_id, lambda s: replace(s, frozen=context.operation.id))
+
+
 async def _wake(context: Context, machine: StatefulMachine, snapshot: Snapshot, origin: Origin) -> None:
     """Bring the machine to the state that it begins at, and let it go on as itself: nobody sees it as another."""
     env, vm_id = context.env, context.vm_id
@@ -364,8 +371,7 @@ async def _wake(context: Context, machine: StatefulMachine, snapshot: Snapshot, 
         hostname=spec.hostname if snapshot.vm_id != vm_id else "",
         macs={mac: new[name] for name, mac in old.items() if name in new and new[name] != mac},
     )
-    if snapshot.quiesced:  # its memory is that of a guest whose file systems are frozen
-        await env.records.statuses.update(vm_id, lambda s: replace(s, frozen=context.operation.id))
+    await _owe_thaw(context, snapshot)
     report = await resumed_as(env, vm_id, machine, runtime, who)
     await machine.join(runtime.nics)
     copied = snapshot.vm_id != vm_id

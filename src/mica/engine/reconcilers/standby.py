@@ -14,7 +14,7 @@ from mica.engine.admission import room
 from mica.engine.definition import Env
 from mica.engine.records import Ledger, Versioned
 from mica.engine.standbys import Held
-from mica.model.errors import MicaError
+from mica.model.errors import Code, MicaError
 from mica.model.operation import Actor, OperationState
 from mica.model.standby import Standby
 from mica.model.views import VmDelete
@@ -51,7 +51,12 @@ class KeepStandbys:
         self._trouble: dict[str, _Trouble] = {}
 
     async def reconcile(self) -> str:
-        wanted, members = await standbys.whole_templates(self._env), await standbys.members(self._env)
+        try:
+            wanted, members = await standbys.whole_templates(self._env), await standbys.members(self._env)
+        except MicaError as error:
+            if error.code is not Code.HOST_LACKS:
+                raise
+            return ""  # without a QEMU there is nothing to say about what fits it
         self._trouble = {id_: trouble for id_, trouble in self._trouble.items() if id_ in wanted}
         await self._hear(wanted)
         if not wanted and not members:
