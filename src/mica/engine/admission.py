@@ -72,9 +72,12 @@ USUAL = Ways()
 
 
 def _shrinkable(ledger: Ledger, candidates: Sequence[Candidate], missing: int) -> tuple[Candidate, int] | None:
-    """The VM that has touched least of what it was promised, when that is enough, and the RAM in MiB that it keeps."""
+    """The VM that has touched least of what it was promised, when that is enough, and the RAM in MiB that it keeps.
+    What one uses that was not looked at yet is not known."""
     best = max(
-        (c for c in candidates if c.vm_id in ledger.reserved), key=lambda c: int(c.memory) - int(c.used), default=None
+        (c for c in candidates if c.vm_id in ledger.reserved and c.used),
+        key=lambda c: int(c.memory) - int(c.used),
+        default=None,
     )
     if best is None:
         return None

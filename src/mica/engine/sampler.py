@@ -72,7 +72,7 @@ class UsageSampler:
         return sum(1.0 if sample is None or sample.cpu is None else sample.cpu for sample in seen)
 
     def candidates(self, ledger: Ledger) -> list[Candidate]:
-        """Running VMs that could make room for another."""
+        """Running VMs that could make room for another. Those not seen yet have no name."""
         now = self._env.clock.monotonic()
         out = []
         for vm_id, reserved in ledger.reserved.items():
@@ -80,7 +80,7 @@ class UsageSampler:
             total = Bytes(reserved.ram + reserved.overhead)
             if seen is None:
                 # Started a moment ago or not seen yet: what it was promised counts as untouched.
-                out.append(Candidate(vm_id, vm_id[:8], total, Bytes(0)))
+                out.append(Candidate(vm_id, "", total, Bytes(0)))
                 continue
             idle = now - seen.busy_at
             used = Bytes(min(seen.memory or 0, total))

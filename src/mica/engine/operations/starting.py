@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from mica.engine import standbys
-from mica.engine.admission import Ways, admit, with_room
+from mica.engine.admission import Candidate, Ways, admit, with_room
 from mica.engine.damage import explained, sound
 from mica.engine.definition import Context, Env, Proposal, Step
 from mica.engine.operations.quiescing import let_go
@@ -50,7 +50,7 @@ async def reserve(proposal: Proposal, vm: Vm, *, overcommit: bool, ways: Ways | 
     held = ledger.value.reserved.get(vm.id, Reservation(Bytes(0), Bytes(0)))
     if need.ram > held.ram or need.overhead > held.overhead:
         # What the VM itself holds now is free by the time it starts (again).
-        running = env.sampler.candidates(ledger.value)
+        running = [await _named(env, c) for c in env.sampler.candidates(ledger.value)]
 
         def offer(away: set[str]) -> None:
             """Admit it as if these VMs were not there."""
@@ -80,6 +80,12 @@ async def reserve(proposal: Proposal, vm: Vm, *, overcommit: bool, ways: Ways | 
     new = Ledger({**ledger.value.reserved, vm.id: most})
     proposal.draft.put(env.records.ledger, "memory", new, ledger.generation)
     proposal.stored_params = {**proposal.stored_params, "spec": msgspec.to_builtins(vm.spec)}
+
+
+async def _named(env: Env, candidate: Candidate) -> Candidate:
+    """One that was not looked at yet is known by its id only."""
+    row = await env.records.vms.get(candidate.vm_id) if not candidate.name else None
+    return candidate if row is None else replace(candidate, name=row.value.name)
 
 
 async def promise(context: Context) -> None:
