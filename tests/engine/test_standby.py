@@ -108,6 +108,18 @@ async def test_those_of_a_guest_with_frozen_file_systems_thaw_when_they_are_take
         assert (await life.records.statuses.need(vm_id)).value.frozen == ""
 
 
+async def test_nobody_is_told_of_an_agent_before_its_guest_is_somebody() -> None:
+    async with living() as life:
+        await golden(life)
+        told = life.rig.world.ports_told
+        told.clear()
+        await do(life, "snapshot.set", (await seen(life)).snapshot.id, SnapshotSet(standby=1))
+        await life.advance(FILLED_S)
+        assert (told, (await seen(life)).standing_by) == ([], 1)
+        assert await taken(life)
+        assert told == [True]
+
+
 async def test_each_becomes_somebody_else_when_it_is_taken() -> None:
     async with living() as life:
         await golden(life, 1)
