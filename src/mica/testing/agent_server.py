@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from mica.host.processes import find, reference
 from mica.testing.agent_files import AgentFiles, RefusedError
 
 _FREEZE_SAFE = frozenset(
@@ -160,6 +161,20 @@ class FakeAgent:
             process.task.cancel()
             await asyncio.gather(process.task, return_exceptions=True)
         self._left.clear()
+        self._end_daemons()
+
+    def _end_daemons(self) -> None:
+        """What commands left behind and nobody waits for, known by the directory that it works in: the socket's."""
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                ref, cwd = reference(int(entry.name)), Path(os.readlink(entry / "cwd"))
+                if ref is None or ref.pid == os.getpid() or not cwd.is_relative_to(self.path.parent):
+                    continue
+                if (found := find(ref)) is not None:
+                    with found:
+                        found.kill()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
