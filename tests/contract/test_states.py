@@ -177,6 +177,74 @@ async def test_a_fork_of_a_fork_has_the_memory_and_disk_of_its_moment(lab: Lab) 
     assert digest(lab) == sealed
 
 
+async def test_much_change_is_folded_into_a_new_image_while_the_guest_runs(lab: Lab) -> None:
+    runtime, machine, volume = await booted(lab)
+    spare, child, above, origin = await as_child(lab, runtime, machine, volume)
+    sealed, ram = digest(lab), lab.hypervisor.ram
+    make = "dd if=/dev/urandom of=/tmp/{0} bs=1M count={1} 2>/dev/null; md5sum /tmp/{0} > /tmp/{0}.sum; sync"
+    await sh(spare, make.format("x", 32))
+    assert (await child.forecast()).changed > 32 * MIB
+
+    done: list[float] = []
+    await ram.prepare(spare, "ram2", done.append)
+    assert done
+    assert "ram2" not in ram.held()
+    state = lab.stand.settings.home / "folded"
+    state.mkdir()
+    third = lab.disk(lab.vm(0), "third", above)
+    pending = Origin(
+        ram="ram2", ram_file=lab.parts / "ram2", devices=state / "devices", build=lab.hypervisor.build_of(SPEC)
+    )
+    second = await lab.launch(lab.vm(0), third, pending, incarnation=2)
+    waiting = await lab.machine(second)
+    assert "ram2" not in ram.held()  # as for a daemon that finds it there: it is no image yet
+    await sh(spare, f"echo late > /tmp/word; rm /tmp/x; {make.format('y', 16)}")
+    began = time.monotonic()
+    await child.pause()
+    ram.discard("ram2")  # as with the daemon that made it
+    await ram.fill(spare, second)
+    ram.release("ram2")
+    await ram.fill(spare, second)  # again, by one that takes over from a daemon that died here
+    assert "ram2" in ram.held()
+    captured = await child.capture(state, folded=True)
+    folded = lab.origin("ram2", captured)
+    await waiting.load(folded)
+    await lab.hypervisor.retire(lab.vm(0).id, spare.incarnation)
+    await waiting.resume()
+    print(f"paused for {time.monotonic() - began:.3f} s")
+    assert captured.changed < 32 * MIB
+    assert await sh(second, "cat /tmp/word; md5sum -c /tmp/y.sum; ls /tmp/x 2>/dev/null") == "late\n/tmp/y: OK\n1"
+
+    # From there on little has changed again.
+    await sh(second, f"echo later > /tmp/word; {make.format('z', 4)}")
+    after = lab.stand.settings.home / "after"
+    after.mkdir()
+    fourth = lab.disk(lab.vm(0), "fourth", third)
+    await waiting.pause()
+    captured = await waiting.capture(after)
+    await waiting.switch((fourth,))
+    await waiting.resume()
+    assert 4 * MIB < captured.changed < 32 * MIB
+    later = lab.origin("ram2", captured)
+    await sh(second, "rm /tmp/y /tmp/z; echo last > /tmp/word")
+
+    for name, where, base, words in (
+        ("at-fold", folded, above, "late\n/tmp/y: OK\n0"),
+        ("since", later, third, "later\n/tmp/y: OK\n0"),
+        ("before", origin, volume, "one\nmd5sum"),
+    ):
+        fork = await lab.launch(lab.vm(1), lab.disk(lab.vm(1), name, base), where)
+        copy = await lab.machine(fork)
+        await copy.load(where)
+        await copy.resume()
+        found = await sh(fork, "cat /tmp/word; md5sum -c /tmp/y.sum 2>&1")
+        assert found.startswith(words), (name, found)
+        if name == "since":
+            assert await sh(fork, "md5sum -c /tmp/z.sum") == "/tmp/z: OK\n0"
+        await lab.hypervisor.cleanup(lab.vm(1).id, fork)
+    assert digest(lab) == sealed
+
+
 async def test_no_fork_can_change_the_image(lab: Lab) -> None:
     """A balloon in a private mapping would punch holes into the file that all others map."""
     runtime, machine, volume = await booted(lab)

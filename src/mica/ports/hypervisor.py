@@ -33,7 +33,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 
 class Captured(msgspec.Struct, frozen=True, kw_only=True):
     """What :meth:`Machine.capture` wrote. ``changes`` is ``None`` when the RAM is the machine's own (``runtime.ram``
-    is empty) and is yet to be held as an image. ``changed`` counts the bytes of changed pages."""
+    is empty, or it was folded) and is yet to be held as an image. ``changed`` counts the bytes of changed pages."""
 
     devices: Path
     build: MachineBuild
@@ -150,8 +150,10 @@ class Machine(Protocol):
 class StatefulMachine(Machine, Protocol):
     """What else a machine can do, for snapshots and forks."""
 
-    async def capture(self, into: Path) -> Captured:
+    async def capture(self, into: Path, *, folded: bool = False) -> Captured:
         """Write the state of a paused machine into files in the directory ``into``, overwriting earlier ones.
+
+        ``folded``: its changed pages are in a RAM image of their own already, and are left out.
 
         Raises ``host-lacks`` naming a device that cannot be captured, ``state-conflict`` when vCPUs run.
         """

@@ -19,6 +19,18 @@ class RamImages(Protocol):
     def learn(self, runtime: VmRuntime) -> None:
         """A machine may map an image that nothing here holds, for a daemon before this one made it: hold it again."""
 
+    async def prepare(self, runtime: VmRuntime, ram_id: str, report: Callable[[float], None]) -> None:
+        """Make what will be a RAM image: a copy of the memory of a machine that maps an image privately, while it runs.
+        It is nothing but what a machine can be launched on, to wait, until it is filled. Idempotent, and anew after
+        whoever made it died. Raises ``qemu-failed`` when the machine is gone, ``insufficient-memory``."""
+
+    async def fill(self, runtime: VmRuntime, waiting: VmRuntime) -> None:
+        """What ``waiting`` was launched on becomes the memory of ``runtime``, which is paused, and a RAM image, held
+        as ``waiting.ram``. Idempotent. Raises ``qemu-failed`` when one of them is gone."""
+
+    def discard(self, ram_id: str) -> None:
+        """Let go of what was prepared and is no RAM image yet."""
+
     async def save(self, ram_id: str, file: Path, report: Callable[[float], None]) -> None:
         """Write it to ``file``, holes left out. Raises ``not-found`` when nothing holds it, ``insufficient-disk``."""
 

@@ -122,10 +122,11 @@ class QemuMachine:
         for one in spec.disks:
             await self.monitor.run("block_set_io_throttle", disk.throttle(one))
 
-    async def capture(self, into: Path) -> Captured:
+    async def capture(self, into: Path, *, folded: bool = False) -> Captured:
         if (await self.monitor.run("query-status"))["running"]:
             raise MicaError(Code.STATE_CONFLICT, "a machine that runs cannot be captured", hint="pause it first")
-        return await state.capture(self.monitor, self._pid, self._runtime, self._ram(), self._build, into)
+        ram = self._ram() if self._runtime.ram and not folded else None
+        return await state.capture(self.monitor, self._pid, Path(self._runtime.run_dir), ram, self._build, into)
 
     async def forecast(self) -> Forecast:
         # In units of 512 bytes (inode(7)).

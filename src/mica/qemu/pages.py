@@ -109,6 +109,41 @@ def write_file(pid: int, found: list[tuple[Region, Mapping]], file: Path) -> Non
                     raise MicaError(Code.INSUFFICIENT_DISK, f"{file} could not be written whole")
 
 
+def write_into(pid: int, where: Mapping, target: int) -> None:
+    """Bring ``target``, a file of the mapping's size, to what the process sees in pages that are its own.
+
+    Only pages that differ are written: what is zero in both stays a hole. The process stands still, or this is
+    repeated when it does.
+    """
+    ours, theirs = memoryview(bytearray(_CHUNK)), memoryview(bytearray(_CHUNK))
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for at, length in _pieces(Region("", 0, where.size, changed(pid, where))):
+            new, old = ours[:length], theirs[:length]
+            if os.preadv(memory.fileno(), [new], where.start + at) != length:
+                raise MicaError(Code.QEMU_FAILED, f"memory of process {pid} could not be read")
+            if os.preadv(target, [old], at) != length:
+                raise MicaError(Code.QEMU_FAILED, "the new RAM image is too short")
+            for begin, end in _differing(new, old):
+                if os.pwritev(target, [new[begin:end]], at + begin) != end - begin:
+                    raise MicaError(Code.INSUFFICIENT_MEMORY, "the new RAM image could not be written whole")
+
+
+def _differing(new: memoryview, old: memoryview) -> Iterator[tuple[int, int]]:
+    """Beginnings and ends of runs of pages that are not the same."""
+    if new == old:
+        return
+    begin: int | None = None
+    for at in range(0, len(new), PAGE):
+        same = new[at : at + PAGE] == old[at : at + PAGE]
+        if same and begin is not None:
+            yield begin, at
+            begin = None
+        elif not same and begin is None:
+            begin = at
+    if begin is not None:
+        yield begin, len(new)
+
+
 def _pieces(region: Region) -> Iterator[tuple[int, int]]:
     """Offsets and lengths in bytes, none longer than a chunk."""
     for first, count in region.runs:

@@ -6,6 +6,10 @@ copies what it writes (mmap(2), MAP_PRIVATE). Seals hold against discards too: a
 into what the others see (fcntl(2), F_SEAL_FUTURE_WRITE: mappings that exist may go on writing, so a machine may be
 sealed while it runs).
 
+A machine that has become a private child of an image, and has changed much of it, is given a new one: a copy is made
+beside it while it runs, and what it changed is written in while it stands still. Only then is the copy sealed. What is
+not sealed is no RAM image, whoever maps it.
+
 A memfd lives as long as a process holds it. After the daemon died it is found again in the machines that map it.
 """
 
@@ -24,6 +28,7 @@ from mica.host.sealed import SEALS
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.units import MIB, Bytes, format_size
 from mica.model.vm import VmRuntime
+from mica.qemu import pages
 
 _CHUNK: Final = 8 * MIB
 
@@ -79,6 +84,8 @@ class RamImages:
 
     def __init__(self) -> None:
         self._held: dict[str, int] = {}
+        # Copies that are no images yet.
+        self._making: dict[str, int] = {}
 
     async def hold(self, runtime: VmRuntime, ram_id: str) -> None:
         if ram_id in self._held:
@@ -97,11 +104,56 @@ class RamImages:
         """As the port says. Also for every machine that is attached, as one that waits may be known to nobody yet."""
         if runtime.ram and runtime.ram not in self._held:
             descriptor = _of_machine(runtime)
-            if descriptor is not None:
+            if descriptor is None:
+                return
+            if _sealed(descriptor):
                 self._held[runtime.ram] = descriptor
+            else:  # it waits on a copy that is being made
+                os.close(descriptor)
+
+    async def prepare(self, runtime: VmRuntime, ram_id: str, report: Callable[[float], None]) -> None:
+        if ram_id in self._making or ram_id in self._held:
+            return
+        source = _of_machine(runtime)
+        if source is None:
+            raise MicaError(Code.QEMU_FAILED, "the machine ended before its memory could be copied")
+        try:
+            descriptor = create(Bytes(os.fstat(source).st_size))
+            try:
+                await _in_thread(source, descriptor, report)
+                await _fill(runtime, descriptor)  # most of it will not have changed when the machine stands still
+            except BaseException:
+                os.close(descriptor)
+                raise
+        finally:
+            os.close(source)
+        self._making[ram_id] = descriptor
+
+    async def fill(self, runtime: VmRuntime, waiting: VmRuntime) -> None:
+        if waiting.ram in self._held:
+            return
+        descriptor = _of_machine(waiting)
+        if descriptor is None:
+            raise MicaError(Code.QEMU_FAILED, "the machine that was to go on has ended", retryable=True)
+        try:
+            if not _sealed(descriptor):  # else a daemon before this one came so far
+                await _fill(runtime, descriptor)
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._held[waiting.ram] = descriptor
+        self.discard(waiting.ram)
+
+    def discard(self, ram_id: str) -> None:
+        descriptor = self._making.pop(ram_id, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     async def open(self, ram_id: str, file: Path) -> int:
         """The image, read from ``file`` unless it is in memory; the descriptor stays ours. Raises ``not-found``."""
+        if ram_id in self._making:
+            return self._making[ram_id]
         if ram_id not in self._held:
             self._held[ram_id] = await self._read(ram_id, file)
         self._held[ram_id] = self._held.pop(ram_id)  # the last one used is the last one
@@ -157,6 +209,35 @@ class RamImages:
     def close(self) -> None:
         for ram_id in list(self._held):
             self.release(ram_id)
+        for ram_id in list(self._making):
+            self.discard(ram_id)
+
+
+def _sealed(descriptor: int) -> bool:
+    return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS
+
+
+async def _fill(runtime: VmRuntime, target: int) -> None:
+    """What a machine changed in memory that is another's, into ``target``. Raises ``qemu-failed``.
+
+    Cancelled, it ends only when the thread has: that would write to a descriptor which may be another file's by then.
+    """
+    ended = MicaError(Code.QEMU_FAILED, "the machine ended before its memory could be copied")
+    live = find(runtime.process)
+    if live is None:
+        raise ended
+    with live:
+        try:
+            inode = os.stat(f"/proc/{live.pid}/fd/{runtime.handle['ram']}").st_ino
+            where = pages.mapping_of(live.pid, inode, runtime.spec.memory)
+            work = asyncio.get_running_loop().run_in_executor(None, pages.write_into, live.pid, where, target)
+            try:
+                await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait({work})
+                raise
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise ended from error
 
 
 def _of_machine(runtime: VmRuntime) -> int | None:

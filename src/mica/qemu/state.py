@@ -21,7 +21,7 @@ from typing import Any, Final
 from mica.model.errors import Code, MicaError
 from mica.model.snapshot import MachineBuild
 from mica.model.units import Bytes
-from mica.model.vm import NicRuntime, VmRuntime
+from mica.model.vm import NicRuntime
 from mica.ports.hypervisor import Captured, Origin
 from mica.qemu import pages
 from mica.qemu.devices import nic
@@ -38,10 +38,10 @@ _HOST_ADDRESS = re.compile(r" is (0x[0-9a-f]+)")
 
 
 async def capture(
-    monitor: Monitor, pid: int, runtime: VmRuntime, ram: Mapping, build: MachineBuild, into: Path
+    monitor: Monitor, pid: int, run_dir: Path, ram: Mapping | None, build: MachineBuild, into: Path
 ) -> Captured:
-    """See :meth:`mica.ports.hypervisor.StatefulMachine.capture`."""
-    written = Path(runtime.run_dir) / "devices"
+    """See :meth:`mica.ports.hypervisor.StatefulMachine.capture`. ``ram``: where its changed pages are to be taken."""
+    written = run_dir / "devices"
     try:
         # Not "live", which lets go of the disks: asked a second time, as a daemon does that takes over from a dead one,
         # QEMU 7.2 ends at an assertion (block.c, bdrv_inactivate_recurse). The machine that goes on finds them locked
@@ -53,7 +53,7 @@ async def capture(
             raise
         raise MicaError(Code.HOST_LACKS, f"its state cannot be captured: {error.message}") from error
     found = [(r, w) for r, w in await _regions(monitor) if r.runs]
-    if runtime.ram:
+    if ram is not None:
         runs = await asyncio.to_thread(pages.changed, pid, ram)
         found.insert(0, (Region(RAM, 0, ram.size, runs), ram))
     devices, changes = into / "devices", into / "changes"

@@ -60,27 +60,36 @@ class SimulatedMachine:
             self._check_alive()
             self.process.applied = spec
 
-    async def capture(self, into: Path) -> Captured:
+    async def capture(self, into: Path, *, folded: bool = False) -> Captured:
         async with self._faults.around("machine.capture"):
             self._check_alive()
             if self.process.run is RunState.RUNNING:
                 raise MicaError(Code.STATE_CONFLICT, "a machine that runs cannot be captured")
-            world, own = self.process.world, self.process.plan.origin is None
+            world, own = self.process.world, self.process.plan.origin is None or folded
             # A guest's file systems are as frozen in its copies as in itself.
             world.storage.put(into / "devices", ["devices", *(["frozen"] if self.process.frozen else [])])
             world.storage.there[into / "devices"].moment = self.process.moment()
             if own:
                 return Captured(devices=into / "devices", build=world.build)
             world.storage.put(into / "changes", self.process.memory)
-            return Captured(devices=into / "devices", changes=into / "changes", build=world.build, changed=Bytes(MIB))
+            return Captured(
+                devices=into / "devices", changes=into / "changes", build=world.build, changed=self._changed()
+            )
 
     async def forecast(self) -> Forecast:
         async with self._faults.around("machine.forecast"):
             self._check_alive()
             process = self.process
             ram = int(process.plan.vm.spec.memory * process.behaviour.touched)
-            changed = process.behaviour.changes if process.plan.origin is not None else 0
-            return Forecast(ram=Bytes(ram), changed=Bytes(changed))
+            return Forecast(ram=Bytes(ram), changed=self._changed())
+
+    def _changed(self) -> Bytes:
+        """Since it became a child of its image: more with every word."""
+        process, origin = self.process, self.process.plan.origin
+        if origin is None:
+            return Bytes(0)
+        words = len(process.memory) - len(process.world.ram_images.get(origin.ram, ()))
+        return Bytes(process.behaviour.changes + process.behaviour.word * max(0, words))
 
     async def load(self, origin: Origin) -> None:
         async with self._faults.around("machine.load"):
@@ -137,25 +146,62 @@ class SimulatedRamImages:
         self._faults = world.faults
         self._held: dict[str, None] = {}
         # Memory that no machine has went with the daemon that held it.
-        for ram_id in [id_ for id_ in world.ram_images if not world.mapped(id_)]:
-            del world.ram_images[ram_id]
+        for images in (world.ram_images, world.ram_copies):
+            for ram_id in [id_ for id_ in images if not world.mapped(id_)]:
+                del images[ram_id]
+        self._making: set[str] = set()
 
     async def hold(self, runtime: VmRuntime, ram_id: str) -> None:
         async with self._faults.around("ram.hold"):
             if ram_id in self._held:
                 return
-            process = next((p for p in self._world.living() if p.ref == runtime.process), None)
-            if process is None:
-                raise MicaError(Code.QEMU_FAILED, "the machine ended before its memory could be kept")
-            self._world.ram_images[ram_id] = process.memory
+            self._world.ram_images[ram_id] = self._process(runtime).memory
             self._held[ram_id] = None
 
     def learn(self, runtime: VmRuntime) -> None:
         if runtime.ram in self._world.ram_images and any(p.ref == runtime.process for p in self._world.living()):
             self._held[runtime.ram] = None
 
+    async def prepare(self, runtime: VmRuntime, ram_id: str, report: Callable[[float], None]) -> None:
+        async with self._faults.around("ram.prepare"):
+            if ram_id in self._making or ram_id in self._held:
+                return
+            process = self._process(runtime)
+            assert process.plan.origin is not None
+            # The memory at no moment at all: that of the image, and what has changed so far.
+            self._world.ram_copies[ram_id] = [*process.memory, "torn"]
+            self._making.add(ram_id)
+            report(1.0)
+
+    async def fill(self, runtime: VmRuntime, waiting: VmRuntime) -> None:
+        async with self._faults.around("ram.fill"):
+            if waiting.ram in self._held:
+                return
+            process, second = self._process(runtime), self._process(waiting)
+            if process.run is RunState.RUNNING:
+                raise MicaError(Code.STATE_CONFLICT, "memory that is being written cannot be an image")
+            assert second.plan.origin is not None
+            if waiting.ram not in self._world.ram_images:
+                del self._world.ram_copies[waiting.ram]
+                self._world.ram_images[waiting.ram] = list(process.memory)
+            self._held[waiting.ram] = None
+            self._making.discard(waiting.ram)
+
+    def discard(self, ram_id: str) -> None:
+        self._making.discard(ram_id)
+        if not self._world.mapped(ram_id):
+            self._world.ram_copies.pop(ram_id, None)
+
+    def _process(self, runtime: VmRuntime) -> SimulatedProcess:
+        process = next((p for p in self._world.living() if p.ref == runtime.process), None)
+        if process is None:
+            raise MicaError(Code.QEMU_FAILED, "the machine has ended, and its memory with it")
+        return process
+
     def need(self, origin: Origin) -> None:
-        """As a memfd is found: held by this daemon, or read from the file."""
+        """As a memfd is found: made or held by this daemon, or read from the file."""
+        if origin.ram in self._making:
+            return
         if origin.ram not in self._held:
             if origin.ram_file not in self._world.storage.there:
                 raise not_found("RAM image", origin.ram)

@@ -32,9 +32,9 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     ``agent_after_s``: it opens the agent's port. ``hears_after_s``: it has booted so far that a request to power off is
     not lost. ``obeys_after_s``: it has powered off, counted from the first request that it heard.
     ``power_off_after_s``: it powers off by itself. ``killed_after_s``: its QEMU is killed. ``cpu`` is its use of
-    processors, ``touched`` the share of its RAM that it has written to, ``changes`` bytes of it since
-    it became a private child. ``writes``: each time its vCPUs are let go it writes a word of its own to its memory and
-    to each disk.
+    processors, ``touched`` the share of its RAM that it has written to, ``changes`` bytes of it since it became a
+    private child, and ``word`` bytes for each word that it writes. ``writes``: each time its vCPUs are let go it writes
+    a word of its own to its memory and to each disk.
     """
 
     agent_after_s: float | None = 1.0
@@ -45,6 +45,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     cpu: float = 0.02
     touched: float = 0.5
     changes: int = MIB
+    word: int = 0
     writes: bool = False
 
 
@@ -245,6 +246,8 @@ class SimulatedHost:
         self.spares: dict[str, SimulatedProcess] = {}
         # Words in frozen memory: the very list of the machine whose memory it was, which may write until it ends.
         self.ram_images: dict[str, list[str]] = {}
+        # Copies that are to become such, and are not the memory of any moment yet.
+        self.ram_copies: dict[str, list[str]] = {}
         # What no machine may ever do or find, and one did.
         self.violations: list[str] = []
         self.remains: dict[str, tuple[ProcessRef, Exit]] = {}
@@ -302,6 +305,7 @@ class SimulatedHost:
             process.kill("the host went down")
         self.remains.clear()
         self.ram_images.clear()
+        self.ram_copies.clear()
         self.networks.clear()
         self.slices.clear()
         self.connections.clear()
