@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from msgspec.structs import replace
+
 from mica.engine.definition import NoParams
 from mica.engine.operations.snapshot_create import Take
 from mica.engine.operations.snapshot_restore import Revert
@@ -65,6 +67,40 @@ def having(prepare: Callable[[Life], Awaitable[str]], **take: object) -> Callabl
         return "a"
 
     return prepared
+
+
+def changed_much(prepare: Callable[[Life], Awaitable[str]]) -> Callable[[Life], Awaitable[str]]:
+    """A child that has changed more of its RAM image than is written down each time."""
+
+    async def prepared(life: Life) -> str:
+        name = await having(prepare)(life)
+        life.rig.world.default = replace(WRITES, word=1024 * MIB)
+        for process in life.rig.world.processes.values():
+            process.behaviour = life.rig.world.default
+        return name
+
+    return prepared
+
+
+def is_folded(state: VmState) -> Callable[[Rig], Awaitable[None]]:
+    """As any other, over a RAM image of its own that has all that the machine had written by then."""
+
+    async def check(rig: Rig) -> None:
+        await is_taken(state, parts=3)(rig)
+        first, second = await named(rig, "s"), await named(rig, "t")
+        assert first.memory is not None
+        assert second.memory is not None
+        assert second.memory.ram != first.memory.ram
+        _, vm_id = await vm_called(rig, "a")
+        machine = rig.world.processes[vm_id]
+        assert machine.plan.origin is not None
+        assert machine.plan.origin.ram == second.memory.ram
+        assert "since" in rig.world.ram_images[second.memory.ram]
+        assert "since" not in rig.world.ram_images.get(first.memory.ram, [])
+        assert "since" in machine.memory
+        assert not rig.world.ram_copies
+
+    return check
 
 
 def of_snapshot(prepare: Callable[[Life], Awaitable[str]]) -> Callable[[Life], Awaitable[str]]:
@@ -231,6 +267,7 @@ def _take(
 SNAPSHOT_SCENARIOS: tuple[Scenario, ...] = (
     _take("snapshot-own", T, with_firmware, is_taken(S.RUNNING, parts=4)),
     _take("snapshot-child", T, having(paused), is_taken(S.PAUSED, parts=4), S.PAUSED),
+    _take("snapshot-fold", T, changed_much(running), is_folded(S.RUNNING)),
     _take("snapshot-stopped", T, stopped, is_taken(S.STOPPED, memory=False, parts=1), S.STOPPED),
     _take(
         "snapshot-disks",

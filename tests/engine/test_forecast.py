@@ -36,7 +36,7 @@ async def test_the_first_takes_the_memory_and_later_ones_what_changed() -> None:
         assert 256 * MIB <= first["size"] < 270 * MIB
         assert first["pause_s"] == BASE_PAUSE_S
         second = (await do(life, "snapshot.create", "a", Take(name="two"))).result["expected"]
-        assert 500 * MIB <= second["size"] < 514 * MIB
+        assert 512 * MIB <= second["size"] < 526 * MIB  # it is folded
         assert second["pause_s"] == pytest.approx(BASE_PAUSE_S + 500 * MIB / USUAL_RATE, abs=0.001)
         without = (await do(life, "snapshot.create", "a", Take(name="three", memory=False))).result["expected"]
         assert without["size"] < 10 * MIB

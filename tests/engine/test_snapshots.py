@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from mica.engine import forking
 from mica.engine.definition import NoParams
@@ -293,3 +294,52 @@ async def test_a_copy_is_the_same_machine_until_it_is_changed() -> None:
             await refused(life, Code.INVALID, "vm.create", "", VmCreate(snapshot=snapshot.id, start=True, **change))
         error = await refused(life, Code.NOT_FOUND, "vm.create", "", VmCreate(snapshot="nothing", start=True))
         assert "mica snapshot list" in error.hint
+
+
+async def test_a_long_series_is_bounded_and_each_has_its_moment() -> None:
+    """A guest that writes a tenth of its RAM between any two: without folding the tenth has all of it anew."""
+    tenth = 52 * MIB
+    async with living() as life:
+        await running(life, memory=Bytes(512 * MIB))
+        process = life.rig.world.process("a")
+        behaviour = replace(process.behaviour, word=tenth, touched=0.5)
+        life.rig.world.default = process.behaviour = behaviour
+        words, written, images = [], 0, set()
+        for number in range(14):
+            write(life, "a", f"w{number}")
+            words.append(f"w{number}")
+            ended = await do(life, "snapshot.create", "a", Take(name=f"s{number}"))
+            written += ended.result["expected"]["size"]
+            memory = (await life.records.snapshots.need(ended.result["id"])).value.memory
+            assert memory is not None
+            images.add(memory.ram)
+            assert ended.result["changed"] <= 128 * MIB + MIB
+        assert 3 <= len(images) <= 10
+        # Written down each time, what had changed since the first would be 45 tenths, then all four times: 9 * 512 MiB.
+        assert written < 7 * 512 * MIB
+        for number in (1, 2, 3, 6, 13):
+            snapshot = (await named(life))[f"s{number}"]
+            await do(life, "snapshot.restore", "a", Revert(snapshot=snapshot.id))
+            assert has(life, "a") == both(*words[: number + 1])
+
+
+async def test_the_moment_of_a_fork_and_a_full_host_do_not_fold() -> None:
+    async with living() as life:
+        await running(life, memory=Bytes(512 * MIB))
+        first = await take(life, "one")
+        process = life.rig.world.process("a")
+        life.rig.world.default = process.behaviour = replace(process.behaviour, changes=400 * MIB)
+        await fork(life)
+        assert first.memory is not None
+        assert (await runtime_ram(life)) == first.memory.ram
+        life.rig.world.host_used = life.rig.world.memory - GIB
+        second = await take(life, "two")
+        assert second.memory is not None
+        assert second.memory.ram == first.memory.ram
+
+
+async def runtime_ram(life: Life) -> str:
+    vm_id = life.rig.world.process("a").vm_id
+    runtime = (await life.records.statuses.need(vm_id)).value.runtime
+    assert runtime is not None
+    return runtime.ram

@@ -44,7 +44,10 @@ async def forecast(context: Context) -> Expected | None:
     wanted = Forecast()
     if found["memory"] and status.runtime is not None and (machine := await env.machines.attach(context.vm_id)):
         wanted = await machine.forecast()
-        if status.runtime.ram in await env.parts.present():
+        if found.get("fold"):
+            whole = min(wanted.ram + wanted.changed, status.runtime.spec.memory)
+            wanted = Forecast(ram=Bytes(whole - wanted.changed), changed=wanted.changed)
+        elif status.runtime.ram in await env.parts.present():
             wanted = Forecast(changed=wanted.changed)  # its RAM image is on disk already
     disks = len(await env.branches.disks(context.vm_id))
     needed = wanted.ram + wanted.changed + disks * _LAYER + (_DEVICES if found["memory"] else 0)
@@ -54,12 +57,17 @@ async def forecast(context: Context) -> Expected | None:
         if error.code is not Code.INSUFFICIENT_DISK:
             raise
         raise await _full(env, context.operation.target_name, needed, error) from error
-    pause_s = BASE_PAUSE_S + wanted.changed / await _rate(env) if found["live"] else 0.0
+    pause_s = await expected_pause(env, wanted.changed) if found["live"] else 0.0
     if pause_s > LONG_PAUSE_S:
         context.report(
             None, f"it will stand still for about {pause_s:.1f} s, for {format_size(wanted.changed)} of changed memory"
         )
     return Expected(size=Bytes(needed), pause_s=round(pause_s, 3))
+
+
+async def expected_pause(env: Env, changed: Bytes) -> float:
+    """How long a machine that has changed so much stands still, in seconds."""
+    return BASE_PAUSE_S + changed / await _rate(env)
 
 
 async def _rate(env: Env) -> float:

@@ -6,7 +6,9 @@
 
 A machine whose RAM is its own (1) goes on as a private child of it: a second QEMU is started beside it, waiting, and
 takes over while the first one is paused. One that is such a child already stays where it is, and what it changed since
-is written down. Once it went on there is no way back, and none is needed: the machine is over its frozen parts.
+is written down; unless that has become much: then it goes on as a child of a new RAM image, which is copied while it
+runs and gets what it changed while it is paused (:mod:`mica.engine.operations.folding`). Once it went on there is no
+way back, and none is needed: the machine is over its frozen parts.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import msgspec
 
 from mica.engine.damage import closure, read_parts
 from mica.engine.definition import Context, Definition, Env, Proposal, Step, from_plain
-from mica.engine.operations import forecasting, quiescing
+from mica.engine.operations import folding, forecasting, quiescing
 from mica.engine.operations.placing import snapshot_name
 from mica.engine.operations.quiescing import check_can_freeze
 from mica.engine.operations.starting import plan_launch
@@ -63,13 +65,19 @@ class Take(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
     """How the VM is found. ``own``: its RAM is its own, so it has to go on as a child of it, in another process; what
-    that cannot take over is ``lost``, in words."""
+    that cannot take over is ``lost``, in words. ``fold``: it is a child that goes on in another process too, over a
+    new RAM image."""
 
     live: bool
     running: bool = False
     memory: bool = False
     own: bool = False
+    fold: bool = False
     lost: tuple[str, ...] = ()
+
+    @property
+    def moves(self) -> bool:
+        return self.own or self.fold
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,7 +182,8 @@ async def look(context: Context) -> Look:
         return Look(live=False)
     if context.operation.params.get("cold"):
         raise _warm(context.operation.target_name)
-    seen = await (await _machine(context)).observe()
+    machine = await _machine(context)
+    seen = await machine.observe()
     memory = bool(context.operation.params["memory"])
     own = memory and not status.runtime.ram
     if memory and seen.agent is AgentState.READY:
@@ -182,7 +191,9 @@ async def look(context: Context) -> Look:
         await context.env.identities.prepare(context.vm_id, status.runtime)
     inside = [nic.name for nic in status.runtime.nics if own and nic.inside]
     lost = tuple(f"the connections of {name}, whose network is a part of QEMU" for name in inside)
-    return Look(live=True, running=seen.run is RunState.RUNNING, memory=memory, own=own, lost=lost)
+    kind = SnapshotKind(context.operation.params["kind"])
+    fold = memory and await folding.worth(context.env, kind, status.runtime, machine)
+    return Look(live=True, running=seen.run is RunState.RUNNING, memory=memory, own=own, fold=fold, lost=lost)
 
 
 def layered_disks(spec: VmSpec) -> list[DiskSpec]:
@@ -254,7 +265,7 @@ async def write_rows(
     if found.memory:
         assert runtime is not None
         memory = MemoryState(
-            ram=runtime.ram or part_id(snapshot.id, PartKind.RAM),
+            ram=part_id(snapshot.id, PartKind.RAM) if found.moves else runtime.ram,
             devices=part_id(snapshot.id, PartKind.DEVICES),
             changes=part_id(snapshot.id, PartKind.CHANGES),
             build=MachineBuild(qemu="", machine="", cpu="", accelerator=""),
@@ -281,13 +292,17 @@ async def undo_freeze(context: Context) -> None:
 
 
 async def spare(context: Context) -> VmRuntime | None:
-    """A second machine on the frozen RAM, waiting for the state of the first."""
+    """A second machine on the frozen RAM, or on a copy that will be, waiting for the state of the first."""
     found = context.output("look", Look)
     env, snapshot, status = context.env, await _snapshot(context), await _status(context)
     if found.own and status.runtime is not None and snapshot.memory is not None:
         await env.ram.hold(status.runtime, snapshot.memory.ram)
-    await _frozen(context, status.runtime if found.memory else None)
-    if not found.own:
+    if found.fold and status.runtime is not None and snapshot.memory is not None:
+        # Nobody may begin at that before it is the memory of the machine.
+        await env.ram.prepare(status.runtime, snapshot.memory.ram, lambda done: context.report(done, "copying its RAM"))
+    else:
+        await _frozen(context, status.runtime if found.memory else None)
+    if not found.moves:
         return None
     vm = (await env.records.vms.need(context.vm_id)).value
     assert status.runtime is not None
@@ -336,9 +351,10 @@ async def _volumes(env: Env, vm: Vm, spec: VmSpec, staged: dict[str, Volume]) ->
 async def undo_spare(context: Context) -> None:
     """End the waiting machine, unless it is the VM's by now."""
     runtime, second = (await _status(context)).runtime, _second(context)
-    if runtime is not None and context.output("look", Look).own and not await _went_on(context):
+    if runtime is not None and context.output("look", Look).moves and not await _went_on(context):
         waiting = second.incarnation if second is not None else runtime.incarnation + 1
         await context.env.hypervisor.retire(context.vm_id, waiting)
+    context.env.ram.discard(part_id(_id(context), PartKind.RAM))
 
 
 async def hold(context: Context) -> Held | None:
@@ -350,8 +366,14 @@ async def hold(context: Context) -> Held | None:
     await machine.pause()
     if not found.memory:
         return Held(at=at)
-    captured = await machine.capture(await env.parts.scratch(_id(context)))
     second = _second(context)
+    if found.fold and second is not None:
+        # Also when this is repeated: the first machine stands still until the second one is the VM's.
+        runtime = (await _status(context)).runtime
+        assert runtime is not None
+        await env.ram.fill(runtime, second)
+        await _frozen(context, runtime)
+    captured = await machine.capture(await env.parts.scratch(_id(context)), folded=found.fold)
     if second is not None:
         await _bring(env, second, captured)
     return Held(at=at, captured=captured)
@@ -543,7 +565,7 @@ STEPS = (
     Step("look", look, words="looking at the machine"),
     Step("forecast", forecasting.forecast, words="seeing what it will take"),
     Step("freeze", freeze, undo_freeze, words="making new layers for its disks"),
-    Step("spare", spare, undo_spare, words="starting the machine that goes on"),
+    Step("spare", spare, undo_spare, timeout_s=3600.0, words="starting the machine that goes on"),
     Step("quiesce", quiescing.freeze, quiescing.undo_freeze, words="freezing the guest's file systems"),
     Step("hold", hold, undo_hold, cancellable=False, words="taking its state"),
     Step("go-on", go_on, undo_go_on, cancellable=False, words="letting it go on"),
