@@ -343,6 +343,8 @@ class FakeEngine(FakeSnapshots):
             available=Bytes(4096 * MIB),
             reserve=Bytes(512 * MIB),
             committed=Bytes(0),
+            shared=Bytes(0),
+            left=8,
             vms=len(self.machines),
             running=0,
             accelerator="tcg",

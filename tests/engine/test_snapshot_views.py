@@ -54,7 +54,7 @@ async def test_a_snapshot_that_was_taken_is_seen_whole() -> None:
         after = await life.engine.views.vm("a")
         assert (after.snapshot, after.id) == (seen.snapshot.id, vm.id)
         # It reads the memory of that moment now, as all that begin there do.
-        assert after.usage.shared == after.spec.memory
+        assert after.usage.shared == after.spec.memory // 2, "as much as it had touched"
         with pytest.raises(MicaError) as caught:
             await life.engine.views.snapshot("a", "nothing")
         assert caught.value.code is Code.NOT_FOUND
@@ -88,7 +88,7 @@ async def test_the_moment_at_which_forks_begin_is_not_told_unless_asked() -> Non
         copy = await views.vm("w-1")
         assert (copy.forked_from, copy.snapshot) == ("a", "")
         assert f"vm/{copy.id}" == accepted.operations[0].target
-        assert copy.usage.shared == copy.spec.memory
+        assert copy.usage.shared == copy.spec.memory // 2
 
 
 async def test_a_snapshot_names_the_vms_that_began_at_it() -> None:

@@ -47,6 +47,6 @@ async def test_an_image_is_booted_once_for_all_that_come_after(booting: World) -
         assert (len(random), macs) == (2, {vm.view.spec.nics[0].mac for vm in vms})
         cold = await client.run("micro", memory=MEMORY, cold=True, wait_agent=False)
         assert cold.view.usage.shared is None
-        assert all(vm.view.usage.shared == vm.view.spec.memory for vm in vms)
+        assert all(0 < (vm.view.usage.shared or 0) <= vm.view.spec.memory for vm in vms)
         for vm in (*vms, cold):
             await vm.remove()

@@ -7,6 +7,7 @@ from typing import Annotated
 from mica.cli.context import Context
 from mica.cli.options import DEFAULTS, Hidden, Options
 from mica.cli.text import age, facts, moment, size
+from mica.model.units import Bytes
 from mica.model.views import HostView
 
 
@@ -24,7 +25,7 @@ def describe(view: HostView, ctx: Context) -> str:
             ("host", view.hostname),
             ("processors", str(view.cpus)),
             ("memory", f"{size(view.memory)}, {size(view.available)} available"),
-            ("for VMs", f"{size(view.committed)} promised, {size(view.reserve)} kept for the host"),
+            ("for VMs", _for_vms(view)),
             ("VMs", f"{view.vms}, {view.running} running"),
             ("booted once", f"{size(view.booted)} of {size(view.booted_limit)}" if view.booted_limit else "off"),
             ("accelerator", view.accelerator),
@@ -35,3 +36,9 @@ def describe(view: HostView, ctx: Context) -> str:
         ),
         colour=ctx.colour,
     )
+
+
+def _for_vms(view: HostView) -> str:
+    shared = f", {size(view.shared)} shared by copies" if view.shared else ""
+    left = f"{size(Bytes(view.left))} left" if view.left >= 0 else f"{size(Bytes(-view.left))} short: stop some"
+    return f"{size(view.committed)} promised{shared}, {size(view.reserve)} kept for the host, {left}"

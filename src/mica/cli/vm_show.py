@@ -13,6 +13,7 @@ from mica.cli.text import age, facts, moment, size, table
 from mica.cli.values import pairs
 from mica.model.identity import IdentityItem
 from mica.model.snapshot import Snapshot
+from mica.model.units import Bytes
 from mica.model.views import UsageSource, VmView
 from mica.model.vm import DiskSpec, NicRuntime, Publish, VmState
 
@@ -50,7 +51,7 @@ def _list(ctx: Context, views: list[VmView]) -> str:
     if not views:
         ctx.say("no VMs yet; make one with: mica run micro")
         return ""
-    head = ("NAME", "STATE", "IMAGE", "VCPUS", "MEMORY", "CPU", "USED", "ADDRESS", "UP")
+    head = ("NAME", "STATE", "IMAGE", "VCPUS", "MEMORY", "CPU", "USED", "PROMISED", "ADDRESS", "UP")
     rows = [
         (
             view.name,
@@ -59,13 +60,14 @@ def _list(ctx: Context, views: list[VmView]) -> str:
             str((view.running or view.spec).cpus),
             size((view.running or view.spec).memory),
             "-" if view.usage.cpu is None else f"{view.usage.cpu * 100:.0f} %",
-            size(view.usage.memory),
+            size(_used(view)),
+            size(view.usage.promised),
             address(view),
             age(view.observed.started_at, ctx.now) if view.observed.state in _LIVE else "-",
         )
         for view in views
     ]
-    return table(head, rows, right=(3, 4, 5, 6, 8), colour=ctx.colour, width=ctx.width)
+    return table(head, rows, right=(3, 4, 5, 6, 7, 9), colour=ctx.colour, width=ctx.width)
 
 
 def _trash(ctx: Context, views: list[VmView]) -> str:
@@ -175,15 +177,20 @@ def _snapshot(view: VmView, snapshot: Snapshot | None) -> str:
     return f"goes on from {snapshot.name}{of}"
 
 
+def _used(view: VmView) -> Bytes | None:
+    """Memory that it takes: of one that shares its memory what it has for itself, whoever is charged for the rest."""
+    return view.usage.memory if view.usage.shared is None else view.usage.own
+
+
 def _use(view: VmView) -> str:
-    usage = view.usage
-    alone = (
-        "" if usage.source is not UsageSource.PROCESS else " (of its QEMU: there are no control groups to count all)"
-    )
+    usage, used = view.usage, _used(view)
+    counted = usage.source is not UsageSource.PROCESS or usage.shared is not None
+    alone = "" if counted else " (of its QEMU: there are no control groups to count all)"
     parts = (
         "" if usage.cpu is None else f"{usage.cpu * 100:.0f} % of a processor",
-        "" if usage.memory is None else f"{size(usage.memory)} of memory{alone}",
+        "" if used is None else f"{size(used)} of memory{alone}",
         "" if usage.shared is None else f"{size(usage.shared)} shared with its relatives",
+        "" if usage.promised is None else f"{size(usage.promised)} of memory promised",
         "" if usage.disk is None else f"{size(usage.disk)} of disk",
     )
     return ", ".join(part for part in parts if part)

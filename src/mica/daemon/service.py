@@ -18,6 +18,7 @@ from mica.engine import standbys
 from mica.engine.engine import Engine
 from mica.engine.forking import clone, fork, restore
 from mica.engine.image_views import booted_size
+from mica.engine.promises import left, shared
 from mica.guest.copy import Copies, CopySummary
 from mica.guest.sessions import ExecSessions
 from mica.host.facts import read_facts
@@ -156,7 +157,7 @@ class Service:
 
     async def host(self) -> HostView:
         capacity = self._engine.env.host.capacity()
-        ledger = (await self._records.read_ledger()).value.reserved.values()
+        ledger = (await self._records.read_ledger()).value
         hidden = await standbys.giving_way(self._engine.env)
         rows = (await self._records.statuses.scan()).items()
         statuses = [status.value.observed.state for vm_id, status in rows if vm_id not in hidden]
@@ -171,7 +172,9 @@ class Service:
             memory=capacity.memory,
             available=capacity.available,
             reserve=Bytes(self._engine.env.policy.reserve),
-            committed=Bytes(sum(r.ram + r.overhead for r in ledger)),
+            committed=Bytes(sum(r.total for r in ledger.reserved.values())),
+            shared=Bytes((await shared(self._engine.env, ledger)).resident),
+            left=(await left(self._engine.env)).least,
             vms=len(statuses),
             running=sum(state in LIVE for state in statuses),
             accelerator=found.accelerator.value if found else "",

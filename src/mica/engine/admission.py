@@ -1,4 +1,9 @@
-"""May this start, and if not: exactly what would make it start. Pure: numbers in, an error or nothing out."""
+"""May this start, and if not: exactly what would make it start. Pure: numbers in, an error or nothing out.
+
+A machine with RAM of its own is promised all of it. One that shares a RAM image with its relatives is promised what it
+has for itself so far, and a reserve for what it may come to write: together they may be promised less than they could
+take (mica.engine.promises keeps the promise ahead of what is taken).
+"""
 
 from __future__ import annotations
 
@@ -24,6 +29,44 @@ class Candidate(msgspec.Struct, frozen=True):
     idle_s: float | None = None
 
 
+class Shared(msgspec.Struct, frozen=True):
+    """RAM images that machines share, each counted once, in bytes: those in memory now (``resident``), and those that
+    somebody who was admitted will have read into it (``missing``)."""
+
+    resident: int = 0
+    missing: int = 0
+
+
+NOTHING_SHARED = Shared()
+
+# What a machine that shares its RAM may write before its promise has followed: one part of its RAM in so many, and at
+# least so many bytes.
+RESERVE_PART = 4
+LEAST_RESERVE = 64 * MIB
+
+
+def reserve_of(ram: int) -> int:
+    """Bytes that a machine with so much RAM, which it shares, is promised beyond what it has for itself."""
+    return min(ram, max(LEAST_RESERVE, ram // RESERVE_PART))
+
+
+def promise(ram: int, overhead: int, image: str = "", own: int = 0) -> Reservation:
+    """What a machine is promised. ``image`` is the RAM image that it shares, empty when its RAM is its own; ``own`` are
+    the bytes that its process has for itself: pages of the image that it has written, and QEMU's own memory."""
+    if not image:
+        return Reservation(Bytes(ram), Bytes(overhead))
+    dirtied = max(0, own - overhead)
+    return Reservation(Bytes(min(ram, dirtied + reserve_of(ram))), Bytes(overhead), image)
+
+
+def followed(held: Reservation | None, due: Reservation, ram: int) -> Reservation:
+    """The promise to write: the one that is ``held`` unless it differs from ``due`` by a real amount."""
+    close = held is not None and (held.image, held.overhead) == (due.image, due.overhead)
+    if held is not None and close and held.ram <= ram and abs(held.ram - due.ram) < reserve_of(ram) // 4:
+        return held
+    return due
+
+
 class Room(msgspec.Struct, frozen=True):
     """What is left for VMs, in bytes: by promises, and by what the host has free now."""
 
@@ -35,12 +78,14 @@ class Room(msgspec.Struct, frozen=True):
         return min(self.promised, self.free)
 
 
-def room(capacity: Capacity, ledger: Ledger, running: Sequence[Candidate], reserve: int) -> Room:
-    """Bytes that one more VM could take."""
-    reserved = sum(r.ram + r.overhead for r in ledger.reserved.values())
+def room(
+    capacity: Capacity, ledger: Ledger, running: Sequence[Candidate], reserve: int, shared: Shared = NOTHING_SHARED
+) -> Room:
+    """Bytes that one more VM could take. Below 0 when VMs that share RAM have come to take more than there is."""
+    reserved = sum(r.total for r in ledger.reserved.values()) + shared.resident + shared.missing
     used = {c.vm_id: c.used for c in running}
     # What running VMs were promised and have not touched yet is not free, though the host counts it as free.
-    untouched = sum(max(0, r.ram + r.overhead - used.get(v, 0)) for v, r in ledger.reserved.items())
+    untouched = sum(max(0, r.total - used.get(v, 0)) for v, r in ledger.reserved.items()) + shared.missing
     return Room(capacity.memory - reserve - reserved, capacity.available - reserve - untouched)
 
 
@@ -75,7 +120,8 @@ def _shrinkable(ledger: Ledger, candidates: Sequence[Candidate], missing: int) -
     """The VM that has touched least of what it was promised, when that is enough, and the RAM in MiB that it keeps.
     What one uses that was not looked at yet is not known."""
     best = max(
-        (c for c in candidates if c.vm_id in ledger.reserved and c.used),
+        # One that shares its memory was promised little more than it uses, and boots with all of it.
+        (c for c in candidates if (held := ledger.reserved.get(c.vm_id)) and not held.image and c.used),
         key=lambda c: int(c.memory) - int(c.used),
         default=None,
     )
@@ -105,6 +151,12 @@ def _ways_out(most: int, missing: int, ledger: Ledger, candidates: Sequence[Cand
     yield ways.insist
 
 
+def _of_ram(spec: VmSpec, need: Reservation) -> str:
+    if not need.image:
+        return f"{format_size(need.ram)} of RAM"
+    return f"{format_size(need.ram)} for what it may write of its {format_size(spec.memory)} of RAM"
+
+
 def admit(
     name: str,
     spec: VmSpec,
@@ -114,6 +166,7 @@ def admit(
     running: Sequence[Candidate],
     *,
     reserve: int,
+    shared: Shared = NOTHING_SHARED,
     overcommit: bool = False,
     ways: Ways = USUAL,
 ) -> None:
@@ -127,14 +180,14 @@ def admit(
             else ways.insist,
             details={"vcpus": spec.cpus, "cpus": capacity.cpus},
         )
-    left = room(capacity, ledger, running, reserve)
-    wanted = need.ram + need.overhead
+    left = room(capacity, ledger, running, reserve, shared)
+    wanted = need.total
     if overcommit or (wanted <= left.promised and wanted <= left.free):
         return
     least = max(0, left.least)
     raise MicaError(
         Code.INSUFFICIENT_MEMORY,
-        f"{name} needs {format_size(wanted)} ({format_size(need.ram)} of RAM, {format_size(need.overhead)} for QEMU); "
+        f"{name} needs {format_size(wanted)} ({_of_ram(spec, need)}, {format_size(need.overhead)} for QEMU); "
         f"{format_size(least)} of {format_size(capacity.memory)} is free for VMs "
         f"({format_size(reserve)} is kept for the host)",
         hint="; ".join(_ways_out(least - need.overhead, wanted - least, ledger, running, ways)),
@@ -142,6 +195,7 @@ def admit(
             "need": wanted,
             "free": least,
             "reserve": reserve,
+            "shared": shared.resident + shared.missing,
             "memory": capacity.memory,
             "candidates": [msgspec.to_builtins(c) for c in running],
         },

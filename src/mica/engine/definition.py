@@ -17,8 +17,8 @@ from mica.engine.admission import Candidate
 from mica.engine.records import Draft, Ledger, Records, Versioned
 from mica.model.errors import Problem
 from mica.model.operation import Actor, Operation
-from mica.model.units import MIB
-from mica.model.vm import Vm, VmState, VmStatus
+from mica.model.units import MIB, Bytes
+from mica.model.vm import ProcessRef, Vm, VmState, VmStatus
 from mica.ports.clock import Clock
 from mica.ports.guests import Guests
 from mica.ports.host import Host
@@ -94,6 +94,10 @@ class Sampler(Protocol):
 
     def candidates(self, ledger: Ledger) -> list[Candidate]:
         """Running VMs that could make room for another."""
+
+    def own(self, vm_id: str, process: ProcessRef) -> Bytes | None:
+        """Memory that this machine's process has for itself, pages that it only shares left out; ``None`` while nobody
+        has looked at it."""
 
     def busy(self, vm_ids: Collection[str]) -> float:
         """Processors that these VMs use; one for each that nobody has looked at yet."""

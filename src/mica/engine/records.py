@@ -49,10 +49,19 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Reservation(msgspec.Struct, frozen=True):
-    """Memory promised to one VM from the moment its start was accepted until its process is gone."""
+    """Memory promised to one VM from the moment its start was accepted until its process is gone.
+
+    ``image`` is the RAM image (a part) that it begins at or shares, empty when its RAM is its own: ``ram`` is then what
+    it has, or may come to have, for itself. The image is there once for all of them, and in none of these numbers.
+    """
 
     ram: Bytes
     overhead: Bytes
+    image: str = ""
+
+    @property
+    def total(self) -> Bytes:
+        return Bytes(self.ram + self.overhead)
 
 
 class Ledger(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from mica.engine.records import Ledger
 from mica.model.errors import MicaError
 from mica.model.units import Bytes
 from mica.model.views import UsageSource, VmUsage
-from mica.model.vm import VmStatus
+from mica.model.vm import ProcessRef, VmStatus
 
 # Below this share of one processor a VM counts as idle. A quiet Linux guest under TCG uses 1 to 3 %.
 IDLE_CPU = 0.05
@@ -24,6 +24,8 @@ class _Sample:
     cpu_s: float | None
     memory: int | None
     source: UsageSource
+    own: int | None
+    process: ProcessRef
     cpu: float | None = None
     busy_at: float = 0.0
 
@@ -48,7 +50,9 @@ class UsageSampler:
             except MicaError:
                 continue  # it has just ended; its actor will say so
             last = self._samples.get(vm_id)
-            fresh = _Sample(name, now, usage.cpu_s, usage.memory, usage.source, busy_at=now)
+            fresh = _Sample(
+                name, now, usage.cpu_s, usage.memory, usage.source, usage.own, status.runtime.process, busy_at=now
+            )
             if (
                 last is not None
                 and last.source is usage.source
@@ -65,7 +69,12 @@ class UsageSampler:
         if seen is None:
             return VmUsage()
         memory = None if seen.memory is None else Bytes(seen.memory)
-        return VmUsage(cpu=seen.cpu, cpu_s=seen.cpu_s, memory=memory, source=seen.source)
+        own = None if seen.own is None else Bytes(seen.own)
+        return VmUsage(cpu=seen.cpu, cpu_s=seen.cpu_s, memory=memory, own=own, source=seen.source)
+
+    def own(self, vm_id: str, process: ProcessRef) -> Bytes | None:
+        seen = self._samples.get(vm_id)
+        return None if seen is None or seen.own is None or seen.process != process else Bytes(seen.own)
 
     def busy(self, vm_ids: Collection[str]) -> float:
         seen = (self._samples.get(vm_id) for vm_id in vm_ids)
@@ -77,12 +86,14 @@ class UsageSampler:
         out = []
         for vm_id, reserved in ledger.reserved.items():
             seen = self._samples.get(vm_id)
-            total = Bytes(reserved.ram + reserved.overhead)
+            total = reserved.total
             if seen is None:
                 # Started a moment ago or not seen yet: what it was promised counts as untouched.
                 out.append(Candidate(vm_id, "", total, Bytes(0)))
                 continue
             idle = now - seen.busy_at
-            used = Bytes(min(seen.memory or 0, total))
+            # Its control group may be charged for memory that it shares, and does not give back.
+            touched = seen.own if reserved.image else seen.memory
+            used = Bytes(min(touched or 0, total))
             out.append(Candidate(vm_id, seen.name, total, used, idle if idle > 60 else None))
         return out

@@ -12,7 +12,7 @@ from mica.engine.damage import read_parts, vm_roots, wrong
 from mica.engine.definition import Env
 from mica.engine.image_views import image_views
 from mica.engine.operations.vm_create import find_image
-from mica.engine.records import Versioned
+from mica.engine.records import Ledger, Versioned
 from mica.engine.shelf import Shelf
 from mica.model.errors import Code, MicaError, not_found
 from mica.model.operation import Operation, OperationState
@@ -82,13 +82,18 @@ class Views:
             accelerator=runtime.accelerator if runtime else "",
             process=runtime.process if runtime else None,
             nics=runtime.nics if runtime else (),
-            usage=replace(usage, shared=runtime.spec.memory) if runtime and runtime.ram else usage,
+            usage=usage,
             reduced=runtime.reduced if runtime else (),
             snapshot=value.snapshot,
             forked_from=value.forked_from,
             identity=status.identity,
             damaged=wrong(parts, vm_roots(value, status)),
         )
+
+    def _usage(self, ledger: Ledger, vm_id: str, runtime: VmRuntime | None) -> VmUsage:
+        usage, promised = self._engine.sampler.usage(vm_id), ledger.reserved.get(vm_id)
+        shared = self._env.ram.size(runtime.ram) if runtime is not None and runtime.ram else None
+        return replace(usage, shared=shared, promised=promised.total if promised is not None else None)
 
     def _active(self, vm_id: str) -> tuple[str, ...]:
         return tuple(o.id for o in self._engine.waiting(vm_id))
@@ -98,7 +103,8 @@ class Views:
         vm_id = await self._records.resolve_vm(ref)
         vm = await self._records.vms.need(vm_id)
         status = (await self._records.statuses.need(vm_id)).value
-        usage = replace(self._engine.sampler.usage(vm_id), disk=await self._env.volumes.usage(vm_id))
+        usage = self._usage((await self._records.read_ledger()).value, vm_id, status.runtime)
+        usage = replace(usage, disk=await self._env.volumes.usage(vm_id))
         return self._vm_view(vm, status, self._active(vm_id), usage, await read_parts(self._env))
 
     async def vms(
@@ -110,7 +116,7 @@ class Views:
         revision = await self._records.store.revision()
         vms = await self._records.vms.scan(after=after)
         statuses = await self._records.statuses.scan(after=after)
-        parts = await read_parts(self._env)
+        parts, ledger = await read_parts(self._env), (await self._records.read_ledger()).value
         items: list[VmView] = []
         following = ""
         for vm_id, vm in vms.items():
@@ -121,7 +127,7 @@ class Views:
             if len(items) == limit:
                 following = items[-1].id
                 break
-            usage = self._engine.sampler.usage(vm_id)
+            usage = self._usage(ledger, vm_id, statuses[vm_id].value.runtime)
             items.append(self._vm_view(vm, statuses[vm_id].value, self._active(vm_id), usage, parts))
         return VmPage(revision=revision, next=following, items=tuple(items))
 
@@ -318,5 +324,9 @@ class Views:
         if vm is None or status is None:
             return None
         return self._vm_view(
-            vm, status.value, self._active(id_), self._engine.sampler.usage(id_), await read_parts(self._env)
+            vm,
+            status.value,
+            self._active(id_),
+            self._usage((await self._records.read_ledger()).value, id_, status.value.runtime),
+            await read_parts(self._env),
         )

@@ -86,11 +86,14 @@ class ExitStatus(msgspec.Struct, frozen=True):
 class Usage(msgspec.Struct, frozen=True):
     """What one process uses: processor seconds since its start (all threads, ended ones too), bytes resident, and of
     these ``held``, what is not merely a file mapped (RssAnon and RssShmem: its own memory and what it has in tmpfs);
-    bytes proportional (shared pages counted by share; ``None`` when not asked for, or not readable)."""
+    ``own``, what nobody shares with it (RssAnon, and VmSwap, where that may have gone: pages of a private mapping count
+    once it has written to them); bytes proportional (shared pages counted by share; ``None`` when not asked for, or not
+    readable)."""
 
     cpu_seconds: float
     rss: int
     held: int
+    own: int
     pss: int | None = None
 
 
@@ -300,7 +303,9 @@ def usage(ref: ProcessRef, *, pss: bool = False) -> Usage | None:
     ``pss=True`` walks its page tables (``smaps_rollup``): milliseconds per GiB, so not for every tick of a watcher.
     """
     proportional = _pss(ref.pid) if pss else None
-    status = _kib(Path(f"/proc/{ref.pid}/status"), "RssAnon:", "RssShmem:")
+    # In this order there; none of them in what has no memory any more.
+    seen = _kib(Path(f"/proc/{ref.pid}/status"), "RssAnon:", "RssShmem:", "VmSwap:")
+    anonymous, shared, swapped = seen if len(seen) == 3 else (0, 0, 0)
     # Looked at last: as it is the same process now, what was read before is of it.
     stat = _stat(ref.pid)
     if stat is None or stat[0] in "ZX" or int(stat[19]) != ref.start_ticks or boot_id() != ref.boot_id:
@@ -309,7 +314,8 @@ def usage(ref: ProcessRef, *, pss: bool = False) -> Usage | None:
     return Usage(
         cpu_seconds=ticks / os.sysconf("SC_CLK_TCK"),
         rss=int(stat[21]) * os.sysconf("SC_PAGE_SIZE"),
-        held=sum(status),
+        held=anonymous + shared,
+        own=anonymous + swapped,
         pss=proportional,
     )
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from mica.host.processes import usage
 from mica.model.errors import Code, MicaError, invalid
 from mica.model.units import Bytes
@@ -91,17 +93,18 @@ def processes(directory: Path) -> list[int]:
 
 
 def completed(counted: SliceUsage, process: ProcessRef | None) -> SliceUsage:
-    """What no group counts is told of the process, as far as that lives."""
-    if process is None or (counted.cpu_s is not None and counted.memory is not None):
-        return counted
-    seen = usage(process)
+    """What no group counts is told of the process, as far as that lives: what is its own always."""
+    seen = usage(process) if process is not None else None
     if seen is None:
         return counted
+    if counted.cpu_s is not None and counted.memory is not None:
+        return msgspec.structs.replace(counted, own=Bytes(seen.own))
     return SliceUsage(
         cpu_s=seen.cpu_seconds if counted.cpu_s is None else counted.cpu_s,
         memory=Bytes(seen.held) if counted.memory is None else counted.memory,
         oom_kills=counted.oom_kills,
         source=UsageSource.PROCESS,
+        own=Bytes(seen.own),
     )
 
 

@@ -40,14 +40,18 @@ class VmUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Real use on the host. ``cpu`` is in host processors, averaged over the last seconds; ``None``: not known (yet).
 
     ``memory`` is what the kernel charges to the VM's control group, guest RAM included; by ``process``, where the host
-    has no groups for us, it is what its QEMU holds in memory (RssAnon and RssShmem of proc(5)). ``shared`` is the
-    size of the frozen memory that it reads together with its relatives, which is held once for all of them.
+    has no groups for us, it is what its QEMU holds in memory (RssAnon and RssShmem of proc(5)). ``own`` is what its
+    QEMU has for itself (RssAnon and VmSwap). ``shared`` is what the frozen memory takes that it reads together with its
+    relatives, which is held once for all of them; one of them is charged for it. ``promised`` is what admission counts
+    for it: all that it may take, or, where it shares its memory, what it has for itself and a reserve.
     """
 
     cpu: float | None = None
     cpu_s: float | None = None
     memory: Bytes | None = None
+    own: Bytes | None = None
     shared: Bytes | None = None
+    promised: Bytes | None = None
     disk: Bytes | None = None
     source: UsageSource | None = None
 
@@ -310,8 +314,10 @@ class ImageMake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HostView(msgspec.Struct, frozen=True, kw_only=True):
-    """This host and its daemon. ``committed`` is memory promised to running VMs, overhead included. ``booted`` is the
-    disk that states of images take which were booted once, of ``booted_limit``; 0 where images always boot."""
+    """This host and its daemon. ``committed`` is memory promised to running VMs, overhead included, ``shared`` what the
+    frozen memory takes that copies share, each counted once. ``left`` is what one more VM may be promised; below 0 when
+    copies have come to need more than there is. ``booted`` is the disk that states of images take which were booted
+    once, of ``booted_limit``; 0 where images always boot."""
 
     hostname: str
     version: str
@@ -323,6 +329,8 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
     available: Bytes
     reserve: Bytes
     committed: Bytes
+    shared: Bytes
+    left: int
     vms: int
     running: int
     accelerator: str

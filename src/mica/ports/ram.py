@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from mica.model.units import Bytes
 from mica.model.vm import VmRuntime
 
 
@@ -36,6 +37,9 @@ class RamImages(Protocol):
 
     def held(self) -> list[str]:
         """What is held here, the one that a machine was started on last at the end."""
+
+    def size(self, ram_id: str) -> Bytes:
+        """What the image takes in memory, holes left out; 0 when it is not held here."""
 
     def release(self, ram_id: str) -> None:
         """Let go of it; machines that map it keep it."""

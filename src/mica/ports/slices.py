@@ -19,12 +19,14 @@ class SliceLimits(msgspec.Struct, frozen=True):
 
 
 class SliceUsage(msgspec.Struct, frozen=True):
-    """``None`` where the host cannot tell. ``source`` is the group's only if all of it is the group's."""
+    """``None`` where the host cannot tell. ``source`` is the group's only if all of it is the group's. ``own`` is what
+    the machine's process has for itself, in memory or in swap: pages of files that it shares with others left out."""
 
     cpu_s: float | None
     memory: Bytes | None
     oom_kills: int = 0
     source: UsageSource = UsageSource.CGROUP
+    own: Bytes | None = None
 
 
 class Slices(Protocol):

@@ -201,6 +201,11 @@ class RamImages:
     def held(self) -> list[str]:
         return list(self._held)
 
+    def size(self, ram_id: str) -> Bytes:
+        descriptor = self._held.get(ram_id)
+        # In units of 512 bytes whatever the page size (stat(2)); pages that were swapped out count.
+        return Bytes(0 if descriptor is None else os.fstat(descriptor).st_blocks * 512)
+
     def release(self, ram_id: str) -> None:
         descriptor = self._held.pop(ram_id, None)
         if descriptor is not None:

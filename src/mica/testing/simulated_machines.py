@@ -155,7 +155,9 @@ class SimulatedRamImages:
         async with self._faults.around("ram.hold"):
             if ram_id in self._held:
                 return
-            self._world.ram_images[ram_id] = self._process(runtime).memory
+            process = self._process(runtime)
+            self._world.ram_images[ram_id] = process.memory
+            self._world.ram_sizes[ram_id] = (process.touched, process)
             self._held[ram_id] = None
 
     def learn(self, runtime: VmRuntime) -> None:
@@ -206,6 +208,7 @@ class SimulatedRamImages:
             if origin.ram_file not in self._world.storage.there:
                 raise not_found("RAM image", origin.ram)
             self._world.ram_images[origin.ram] = list(self._world.storage.there[origin.ram_file].tokens)
+            self._world.ram_sizes.setdefault(origin.ram, (0, None))
         self._held.pop(origin.ram, None)
         self._held[origin.ram] = None
 
@@ -218,6 +221,9 @@ class SimulatedRamImages:
 
     def held(self) -> list[str]:
         return list(self._held)
+
+    def size(self, ram_id: str) -> Bytes:
+        return Bytes(self._world.ram_sizes[ram_id][0] if ram_id in self._held else 0)
 
     def release(self, ram_id: str) -> None:
         self._held.pop(ram_id, None)

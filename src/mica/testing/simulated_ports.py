@@ -97,7 +97,7 @@ class SimulatedSlices:
                 raise not_found("slice", handle["id"])
             cpu_s = (self._world.clock.monotonic() - there.started_at) * there.behaviour.cpu
             memory = Bytes(self._world.touched(handle["id"]))
-            return SliceUsage(cpu_s, memory, self._world.oom_kills.get(handle["id"], 0))
+            return SliceUsage(cpu_s, memory, self._world.oom_kills.get(handle["id"], 0), own=Bytes(there.own))
 
     async def remove(self, handle: dict[str, Any]) -> None:
         async with self._faults.around("slices.remove"):

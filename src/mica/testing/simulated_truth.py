@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import msgspec
+
+from mica.engine.admission import promise
 from mica.engine.records import Claim, Records, Reservation, Versioned
 from mica.engine.settle import NOT_DELETED
 from mica.model.operation import OperationState
@@ -13,6 +16,8 @@ from mica.ports.hypervisor import RunState
 from mica.testing.simulated_files import PARTS
 from mica.testing.simulated_world import SimulatedHost, SimulatedProcess
 from mica.testing.snapshot_truth import snapshot_lies
+
+replace = msgspec.structs.replace
 
 UP = frozenset({VmState.RUNNING, VmState.PAUSED})
 SETTLED = UP | {VmState.STOPPED, VmState.SUSPENDED, VmState.CRASHED, VmState.TRASHED}
@@ -153,10 +158,14 @@ def _promises(reserved: Mapping[str, Reservation], statuses: Mapping[str, VmStat
     found += [f"no memory is promised to {vm_id}, which runs" for vm_id in live - reserved.keys()]
     for vm_id in live & reserved.keys():
         runtime = statuses[vm_id].runtime
-        if runtime is not None and reserved[vm_id] != Reservation(runtime.spec.memory, runtime.overhead):
-            found.append(
-                f"{reserved[vm_id]} is promised to {vm_id}, which has {runtime.spec.memory}+{runtime.overhead}"
-            )
+        if runtime is None:
+            continue
+        # What it has for itself by now was perhaps not looked at yet.
+        least = promise(runtime.spec.memory, runtime.overhead, runtime.ram)
+        most = replace(least, ram=runtime.spec.memory)
+        held = reserved[vm_id]
+        if not least.ram <= held.ram <= most.ram or replace(held, ram=most.ram) != most:
+            found.append(f"{held} is promised to {vm_id}, which is to have {least} to {most}")
     return found
 
 

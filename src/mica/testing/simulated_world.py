@@ -83,6 +83,16 @@ class SimulatedProcess:
     def vm_id(self) -> str:
         return self.plan.vm.id
 
+    @property
+    def touched(self) -> int:
+        """Bytes of its RAM, where that is its own."""
+        return int(self.plan.vm.spec.memory * self.behaviour.touched)
+
+    @property
+    def own(self) -> int:
+        """Bytes that its process has for itself beside its RAM: QEMU's, and changed pages of RAM that it shares."""
+        return 32 * MIB + (0 if self.plan.origin is None else self.behaviour.changes)
+
     def listen(self) -> Feed:
         feed = Feed()
         if self.exit is not None:
@@ -248,6 +258,8 @@ class SimulatedHost:
         self.ram_images: dict[str, list[str]] = {}
         # Copies that are to become such, and are not the memory of any moment yet.
         self.ram_copies: dict[str, list[str]] = {}
+        # What each takes in memory, and whose it was: while that lives, it is its memory.
+        self.ram_sizes: dict[str, tuple[int, SimulatedProcess | None]] = {}
         # What no machine may ever do or find, and one did.
         self.violations: list[str] = []
         self.remains: dict[str, tuple[ProcessRef, Exit]] = {}
@@ -366,10 +378,17 @@ class SimulatedHost:
     def touched(self, vm_id: str) -> int:
         """Memory that a VM's process has taken so far, in bytes."""
         process = self.processes.get(vm_id)
-        return 0 if process is None else int(process.plan.vm.spec.memory * process.behaviour.touched) + 32 * MIB
+        if process is None:
+            return 0
+        return process.own + (process.touched if process.plan.origin is None else 0)
+
+    def shared(self) -> int:
+        """What RAM images take in memory that are no living machine's own."""
+        living = self.living()
+        return sum(self.ram_sizes[id_][0] for id_ in self.ram_images if self.ram_sizes[id_][1] not in living)
 
     def capacity(self) -> Capacity:
-        used = sum(self.touched(vm_id) for vm_id in self.processes)
+        used = sum(self.touched(vm_id) for vm_id in self.processes) + self.shared()
         return Capacity(
             cpus=self.cpus,
             memory=Bytes(self.memory),

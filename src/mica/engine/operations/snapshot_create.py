@@ -24,6 +24,7 @@ from mica.engine.operations import folding, forecasting, quiescing
 from mica.engine.operations.placing import snapshot_name
 from mica.engine.operations.quiescing import check_can_freeze
 from mica.engine.operations.starting import plan_launch
+from mica.engine.promises import due
 from mica.engine.records import Claim, Draft
 from mica.engine.snapshots import claim_of, draft_remove, part_id, put_parts
 from mica.model.errors import Code, MicaError
@@ -466,12 +467,24 @@ async def _swap(context: Context, second: VmRuntime) -> None:
             words = (await env.hypervisor.autopsy(second)).last_words
             raise MicaError(Code.QEMU_FAILED, f"the machine that was to go on has ended: {words}", retryable=True)
         env.machines.detach(vm_id)
-        await env.records.statuses.update(vm_id, lambda s: replace(s, runtime=second), durable=False)
+        await _hand_over(env, vm_id, second)
     await env.hypervisor.retire(vm_id, second.incarnation - 1)
     await env.guests.moved(vm_id, second)
     machine = await env.machines.attach(vm_id)
     if machine is not None:
         await machine.join(second.nics)
+
+
+async def _hand_over(env: Env, vm_id: str, second: VmRuntime) -> None:
+    """Its memory is not its own any more, and it is promised no more than what it may write of it."""
+
+    async def write(draft: Draft) -> None:
+        row = await env.records.statuses.need(vm_id)
+        draft.put(env.records.statuses, vm_id, replace(row.value, runtime=second), row.generation)
+        if not env.machines.wanted(vm_id):  # else that was admitted with what it is promised now
+            await env.records.draft_promise(draft, vm_id, due(env, vm_id, second))
+
+    await env.records.transact(write, durable=False)
 
 
 def _captured(context: Context) -> Captured | None:

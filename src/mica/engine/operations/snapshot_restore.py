@@ -12,8 +12,9 @@ import msgspec
 
 from mica.engine.admission import Ways
 from mica.engine.definition import Context, Definition, Proposal, Step
+from mica.engine.operations.reserving import PROMISE, image_of, reserve
 from mica.engine.operations.snapshot_create import layered_disks
-from mica.engine.operations.starting import PROMISE, START, reserve
+from mica.engine.operations.starting import START
 from mica.engine.records import Draft
 from mica.engine.settle import moved, set_state, stopped, take_down
 from mica.engine.snapshots import check_parts, need_whole
@@ -54,7 +55,8 @@ async def plan(proposal: Proposal) -> None:
     memory = body.memory and snapshot.memory is not None
     back = replace(vm, spec=as_of(snapshot.spec, vm.spec), intent=Power.RUNNING if memory else Power.STOPPED)
     if memory:
-        await reserve(proposal, back, overcommit=body.overcommit, ways=Ways(change=None))
+        ways, image = Ways(change=None), await image_of(env, snapshot)
+        await reserve(proposal, back, overcommit=body.overcommit, image=image, ways=ways)
     proposal.stored_params = {
         **proposal.stored_params,
         "spec": msgspec.to_builtins(back.spec),

@@ -8,14 +8,12 @@ from typing import Any
 import msgspec
 import structlog
 
-from mica.engine import standbys
-from mica.engine.admission import Candidate, Ways, admit, with_room
 from mica.engine.damage import explained, sound
-from mica.engine.definition import Context, Env, Proposal, Step
+from mica.engine.definition import Context, Env, Step
 from mica.engine.operations.quiescing import let_go
-from mica.engine.records import Ledger, Reservation
+from mica.engine.operations.reserving import settle_promise
 from mica.engine.settle import moved, set_state, stopped, take_down
-from mica.engine.snapshots import COLD, cool, origin_of, until
+from mica.engine.snapshots import COLD, origin_of, until
 from mica.model.errors import Code, MicaError
 from mica.model.identity import Identity, Report
 from mica.model.snapshot import Snapshot, SnapshotState
@@ -37,71 +35,6 @@ def slice_limits(spec: VmSpec, overhead: int) -> SliceLimits:
     return SliceLimits(cpus, Bytes(spec.memory + 2 * overhead))
 
 
-async def reserve(proposal: Proposal, vm: Vm, *, overcommit: bool, ways: Ways | None = None) -> None:
-    """Admission: promise the memory within the accepting transaction, or raise with numbers and ways out.
-
-    The spec is kept with the operation: what is admitted is what starts, whatever is set in the meantime. ``ways`` are
-    those out of a refusal, by default those of whoever starts a VM that is there.
-    """
-    env = proposal.env
-    await env.hypervisor.check(vm.spec)
-    ledger = await env.records.read_ledger()
-    need = Reservation(vm.spec.memory, env.hypervisor.overhead(vm.spec))
-    held = ledger.value.reserved.get(vm.id, Reservation(Bytes(0), Bytes(0)))
-    if need.ram > held.ram or need.overhead > held.overhead:
-        # What the VM itself holds now is free by the time it starts (again).
-        running = [await _named(env, c) for c in env.sampler.candidates(ledger.value)]
-
-        def offer(away: set[str]) -> None:
-            """Admit it as if these VMs were not there."""
-            freed = sum(c.used for c in running if c.vm_id in away)
-            admit(
-                vm.name,
-                vm.spec,
-                need,
-                with_room(env.host.capacity(), freed),
-                Ledger({k: v for k, v in ledger.value.reserved.items() if k not in away}),
-                [c for c in running if c.vm_id not in away],
-                reserve=env.policy.reserve,
-                overcommit=overcommit,
-                ways=ways or Ways(f"mica vm set {vm.name} "),
-            )
-
-        try:
-            offer({vm.id})
-        except MicaError as error:
-            if error.code is not Code.INSUFFICIENT_MEMORY or vm.hidden:
-                raise
-            # Whatever nobody asked for makes room (mica.engine.reconcilers.boots and .standby end them).
-            await cool(env, 0)
-            offer({vm.id, *await standbys.giving_way(env)})
-    # Until it is down, what runs now needs its memory.
-    most = Reservation(Bytes(max(need.ram, held.ram)), Bytes(max(need.overhead, held.overhead)))
-    new = Ledger({**ledger.value.reserved, vm.id: most})
-    proposal.draft.put(env.records.ledger, "memory", new, ledger.generation)
-    proposal.stored_params = {**proposal.stored_params, "spec": msgspec.to_builtins(vm.spec)}
-
-
-async def _named(env: Env, candidate: Candidate) -> Candidate:
-    """One that was not looked at yet is known by its id only."""
-    row = await env.records.vms.get(candidate.vm_id) if not candidate.name else None
-    return candidate if row is None else replace(candidate, name=row.value.name)
-
-
-async def promise(context: Context) -> None:
-    """The memory was promised when the request was accepted; this step is where taking that back is anchored."""
-
-
-async def undo_promise(context: Context) -> None:
-    env, vm_id = context.env, context.vm_id
-    status = await env.records.statuses.get(vm_id)
-    runtime = status.value.runtime if status else None
-    if runtime is not None:
-        await env.records.promise(vm_id, Reservation(runtime.spec.memory, runtime.overhead))
-    elif not env.machines.wanted(vm_id, but=context.operation.id):
-        await env.records.release(vm_id)
-
-
 async def _vm(context: Context) -> Vm:
     """The VM with the spec that was admitted."""
     vm = (await context.env.records.vms.need(context.vm_id)).value
@@ -119,9 +52,8 @@ async def begin(context: Context) -> str:
     From here the promise is exactly what will run; one that was larger, or was lost to a stop, ends.
     """
     await _check_memory(context)
-    spec = (await _vm(context)).spec
-    overhead = context.env.hypervisor.overhead(spec)
-    await context.env.records.promise(context.vm_id, Reservation(spec.memory, overhead))
+    begun = await _origin(context, SnapshotState.FROZEN)
+    await settle_promise(context, await _vm(context), begun[1].ram if begun is not None else "")
     await set_state(context.env, context.vm_id, lambda o: moved(context.env, o, VmState.STARTING))
     return context.env.host.boot_id()
 
@@ -386,7 +318,6 @@ async def _wake(context: Context, machine: StatefulMachine, snapshot: Snapshot, 
         await let_go(env, vm_id)
 
 
-PROMISE = Step("promise", promise, undo_promise, words="reserving memory")
 START: tuple[Step, ...] = (
     Step("begin", begin, undo_begin, words="preparing the start"),
     Step("prepare", prepare, undo_prepare, words="preparing its disks"),

@@ -16,8 +16,9 @@ from mica.engine.definition import Context, Definition, Env, Proposal, Step
 from mica.engine.operations.booting import begin_booted, hidden_vm
 from mica.engine.operations.copying import ORIGIN, UNTIE, copy_of, yet_to_become
 from mica.engine.operations.placing import free_name, free_slot
+from mica.engine.operations.reserving import image_of, reserve
 from mica.engine.operations.standing import held_vm, take
-from mica.engine.operations.starting import HOLD, START, reserve
+from mica.engine.operations.starting import HOLD, START
 from mica.engine.records import Claim, Draft, ImageRow
 from mica.engine.settle import moved, set_state, take_down
 from mica.engine.snapshots import draft_remove
@@ -189,8 +190,8 @@ async def plan(proposal: Proposal) -> None:
         description=body.description,
         image_name=image.name if image else "",
     )
-    await admit_new(proposal, vm)
     await begin_booted(proposal, body, vm, image)
+    await admit_new(proposal, vm)
 
 
 async def admit_new(proposal: Proposal, vm: Vm) -> None:
@@ -213,8 +214,10 @@ async def admit_new(proposal: Proposal, vm: Vm) -> None:
     if proposal.params.start:
         # A copy that runs on has the memory of its original.
         runs_on = bool(proposal.stored_params.get("snapshot")) and becoming is None
+        row = await env.records.snapshots.get(proposal.stored_params.get("origin") or "")
+        begins = await image_of(env, row.value) if row is not None else ""
         ways = Ways(change=None if runs_on else "")
-        await reserve(proposal, vm, overcommit=proposal.params.overcommit, ways=ways)
+        await reserve(proposal, vm, overcommit=proposal.params.overcommit, image=begins, ways=ways)
 
 
 async def erase(env: Env, vm_id: str) -> None:

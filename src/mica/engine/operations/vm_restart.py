@@ -7,7 +7,8 @@ import msgspec
 from mica.engine.admission import Ways
 from mica.engine.damage import unmarked
 from mica.engine.definition import Definition, Proposal
-from mica.engine.operations.starting import PROMISE, START, reserve
+from mica.engine.operations.reserving import PROMISE, reserve
+from mica.engine.operations.starting import START
 from mica.engine.operations.stopping import STOP
 from mica.engine.operations.vm_stop import result
 from mica.model.transitions import VmVerb

@@ -8,8 +8,9 @@ import msgspec
 
 from mica.engine.admission import Ways
 from mica.engine.definition import Definition, Proposal, Step
+from mica.engine.operations.reserving import PROMISE, image_of, reserve
 from mica.engine.operations.salvaging import SALVAGE, reserve_most, result
-from mica.engine.operations.starting import PROMISE, START, reserve
+from mica.engine.operations.starting import START
 from mica.engine.operations.waking import WAKE
 from mica.model.errors import Code, MicaError
 from mica.model.operation import Operation
@@ -36,8 +37,9 @@ async def plan(proposal: Proposal) -> None:
         await reserve_most(proposal, vm, overcommit=body.overcommit)
     else:
         # What lies on disk of a suspended VM is of one size.
-        ways = Ways(change=None) if wakes else None
-        await reserve(proposal, _suspended(proposal, vm) if wakes else vm, overcommit=body.overcommit, ways=ways)
+        ways, image = (Ways(change=None), await _image(proposal)) if wakes else (None, "")
+        starts = _suspended(proposal, vm) if wakes else vm
+        await reserve(proposal, starts, overcommit=body.overcommit, image=image, ways=ways)
     proposal.stored_params = {**proposal.stored_params, "wake": wakes, "last_valid": last_valid}
     wanted = replace(vm, intent=Power.PAUSED if body.paused else Power.RUNNING)
     proposal.draft.put(proposal.env.records.vms, vm.id, wanted, proposal.vm.generation)
@@ -49,6 +51,14 @@ def _suspended(proposal: Proposal, vm: Vm) -> Vm:
     status = proposal.status.value
     machine = status.suspended or status.runtime
     return vm if machine is None else replace(vm, spec=machine.spec)
+
+
+async def _image(proposal: Proposal) -> str:
+    """The RAM image that the memory of the suspended VM is in; empty when it is only about to be suspended."""
+    assert proposal.status is not None
+    saved = proposal.status.value.suspended
+    row = await proposal.env.records.snapshots.get(saved.snapshot) if saved is not None else None
+    return await image_of(proposal.env, row.value) if row is not None else ""
 
 
 def steps(operation: Operation) -> Sequence[Step]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mica.engine import boots
-from mica.engine.admission import room
 from mica.engine.boots import Hidden
 from mica.engine.definition import Env, NoParams
 from mica.engine.operations.snapshot_create import Take
+from mica.engine.promises import left
 from mica.engine.records import Draft, Versioned
 from mica.model.boot import Boot
 from mica.model.errors import MicaError
@@ -131,9 +131,7 @@ async def _unwanted(env: Env, boot: Boot) -> str:
         return "images are not booted once any more"
     if await env.records.images.get(boot.spec.image or "") is None:
         return "the image is gone"
-    ledger = (await env.records.read_ledger()).value
-    left = room(env.host.capacity(), ledger, env.sampler.candidates(ledger), env.policy.reserve)
-    return "its memory is needed" if left.least < 0 else ""
+    return "its memory is needed" if (await left(env)).least < 0 else ""
 
 
 def _failure(env: Env, status: VmStatus) -> str:
@@ -182,11 +180,9 @@ async def _begin(env: Env, engine: Engine) -> str:
 async def _to_spare(env: Env, engine: Engine, boot: Boot) -> bool:
     """Whether this host has memory, processors and disk that nobody would miss."""
     capacity, spec = env.host.capacity(), boot.spec
-    ledger = (await env.records.read_ledger()).value
-    left = room(capacity, ledger, env.sampler.candidates(ledger), env.policy.reserve).least
     need = spec.memory + env.hypervisor.overhead(spec)
     # While it is frozen a second QEMU stands beside it.
-    memory = left >= need + env.hypervisor.overhead(spec) + capacity.memory // SPARE
+    memory = (await left(env)).least >= need + env.hypervisor.overhead(spec) + capacity.memory // SPARE
     live = engine.live()
     processors = env.sampler.busy(live) + min(spec.cpus, capacity.cpus) <= capacity.cpus + 0.5
     disk = spec.memory <= env.policy.boot_space and capacity.disk_free >= spec.memory + DISK

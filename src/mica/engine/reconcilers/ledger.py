@@ -1,8 +1,9 @@
-"""Memory is promised to the VMs that run or are about to, as much as they have, and to nobody else."""
+"""Memory is promised to the VMs that run or are about to, as much as they have or may come to, and to nobody else."""
 
 from __future__ import annotations
 
 from mica.engine.definition import Env
+from mica.engine.promises import due
 from mica.engine.records import Draft, Ledger, Reservation
 from mica.model.transitions import LIVE
 from mica.ports.store import Conflict
@@ -20,7 +21,7 @@ async def reconcile(env: Env) -> str:
     for vm_id, status in (await env.records.statuses.scan()).items():
         runtime = status.value.runtime
         if vm_id not in busy and status.value.observed.state in LIVE and runtime is not None:
-            right[vm_id] = Reservation(runtime.spec.memory, runtime.overhead)
+            right[vm_id] = due(env, vm_id, runtime, ledger.value.reserved.get(vm_id))
     wrong = {
         vm_id for vm_id in {*right, *ledger.value.reserved} if right.get(vm_id) != ledger.value.reserved.get(vm_id)
     }

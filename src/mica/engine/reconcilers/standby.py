@@ -12,6 +12,7 @@ import msgspec
 from mica.engine import standbys
 from mica.engine.admission import room
 from mica.engine.definition import Env
+from mica.engine.promises import left, shared
 from mica.engine.records import Ledger, Versioned
 from mica.engine.standbys import Held
 from mica.model.errors import Code, MicaError
@@ -98,13 +99,14 @@ class KeepStandbys:
             capacity = env.host.capacity()
             freed = sum(c.used for c in running if c.vm_id in away)
             rest = Ledger({k: v for k, v in ledger.reserved.items() if k not in away})
-            left = room(
+            rest_room = room(
                 replace(capacity, available=capacity.available + freed),
                 rest,
                 [c for c in running if c.vm_id not in away],
                 env.policy.reserve,
+                await shared(env, rest),
             )
-            if left.least >= 0:
+            if rest_room.least >= 0:
                 break
             out.append(vm_id)
         return await self._end(members, out)
@@ -168,6 +170,4 @@ class KeepStandbys:
         if row is None:
             return False
         capacity, spec = env.host.capacity(), row.value.spec
-        ledger = (await env.records.read_ledger()).value
-        left = room(capacity, ledger, env.sampler.candidates(ledger), env.policy.reserve).least
-        return left >= spec.memory + env.hypervisor.overhead(spec) + capacity.memory // SPARE
+        return (await left(env)).least >= spec.memory + env.hypervisor.overhead(spec) + capacity.memory // SPARE
