@@ -122,7 +122,7 @@ async def test_more_than_twice_as_many_forks_run_as_whole_vms_fit() -> None:
             await forking.fork(life.engine, "a", VmFork(), by=BY)
         assert caught.value.code is Code.INSUFFICIENT_MEMORY
         assert "64 MiB for what it may write of its 256 MiB of RAM, 72 MiB for QEMU" in caught.value.message
-        assert "--memory" not in caught.value.hint, "a fork has as much as what it begins at"
+        assert "--memory" not in caught.value.hint, caught.value.hint
 
 
 async def test_the_promise_follows_what_is_written_and_ends_with_the_machine() -> None:

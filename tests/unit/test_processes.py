@@ -251,3 +251,27 @@ def test_starting_is_quick() -> None:
             os.waitid(os.P_PIDFD, process._pidfd, os.WEXITED | os.WNOWAIT)
 
     assert best(ours) < best(bare) * 5 + 0.005
+
+
+async def test_of_a_private_mapping_only_pages_that_were_written_are_ones_own(tmp_path: Path) -> None:
+    """As a fork maps a RAM image: 64 MiB are there, all of it is read, and 16 MiB are written."""
+    ready = tmp_path / "ready"
+    code = (
+        "import mmap,os,pathlib,time\nf=os.memfd_create('ram')\nos.ftruncate(f,64<<20)\n"
+        "s=mmap.mmap(f,64<<20)\nfor i in range(64): s[i<<20:(i+1)<<20]=b'x'*(1<<20)\ns.close()\n"
+        "m=mmap.mmap(f,64<<20,mmap.MAP_PRIVATE)\nn=sum(m[i] for i in range(0,64<<20,4096))\n"
+        "for i in range(0,16<<20,4096): m[i]=1\n"
+        f"pathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)"
+    )
+    with spawn([sys.executable, "-c", code]) as process:
+        try:
+            while not ready.exists():
+                assert process.alive
+                await asyncio.sleep(0.01)
+            used = usage(process.ref)
+        finally:
+            process.kill()
+        await process.wait_exit(10)
+    assert used is not None
+    assert 16 << 20 <= used.own < 48 << 20
+    assert used.held >= 64 << 20

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mica.host import slices, slices_files
@@ -262,7 +263,9 @@ async def test_v2_usage_is_read(tree: Tree) -> None:
     (path / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 1\n")
     (path / "memory.current").write_text("12345\n")
     (path / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
-    assert await group.usage(handle, me) == SliceUsage(2.5, Bytes(12345), 2, UsageSource.CGROUP)
+    counted = await group.usage(handle, me)
+    assert (counted.own or 0) > MIB, "what is the process's own is told in any case"
+    assert msgspec.structs.replace(counted, own=None) == SliceUsage(2.5, Bytes(12345), 2, UsageSource.CGROUP)
 
 
 async def test_v2_a_limit_below_what_is_used_is_refused(tree: Tree) -> None:
@@ -365,6 +368,8 @@ async def test_without_control_groups_use_is_that_of_the_process(tmp_path: Path)
     assert seen.source is UsageSource.PROCESS
     assert (seen.cpu_s or 0) >= 0.25
     assert 48 * MIB <= (seen.memory or 0) < 200 * MIB
+    assert seen.own is not None
+    assert seen.own <= (seen.memory or 0) - 48 * MIB, "what lies in tmpfs is not its own"
     assert await found.usage({}, process.ref) == SliceUsage(None, None)
 
 

@@ -212,11 +212,9 @@ async def admit_new(proposal: Proposal, vm: Vm) -> None:
     draft.put(env.records.statuses, vm.id, status, ABSENT)
     await env.hypervisor.check(vm.spec)
     if proposal.params.start:
-        # A copy that runs on has the memory of its original.
-        runs_on = bool(proposal.stored_params.get("snapshot")) and becoming is None
         row = await env.records.snapshots.get(proposal.stored_params.get("origin") or "")
         begins = await image_of(env, row.value) if row is not None else ""
-        ways = Ways(change=None if runs_on else "")
+        ways = Ways(change=None if begins else "")  # it has as much memory as what it begins at
         await reserve(proposal, vm, overcommit=proposal.params.overcommit, image=begins, ways=ways)
 
 
