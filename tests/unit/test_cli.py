@@ -100,7 +100,18 @@ def test_a_vm_through_its_life(run: Any) -> None:
     assert run("vm", "create", "--name", "web", "--memory", "512M", "--cpus", "2").out == "web is stopped\n"
     assert run("vm", "start", "web").out == "web is running\n"
     listed = run("vm", "list").out.splitlines()
-    assert listed[0].split() == ["NAME", "STATE", "IMAGE", "VCPUS", "MEMORY", "CPU", "USED", "ADDRESS", "UP"]
+    assert listed[0].split() == [
+        "NAME",
+        "STATE",
+        "IMAGE",
+        "VCPUS",
+        "MEMORY",
+        "CPU",
+        "USED",
+        "PROMISED",
+        "ADDRESS",
+        "UP",
+    ]
     assert listed[1].split()[:6] == ["web", "running", "-", "2", "512", "MiB"]
     assert "\x1b" not in "".join(listed)
     assert run("vm", "pause", "web").out == "web is paused\n"

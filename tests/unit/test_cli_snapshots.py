@@ -203,12 +203,14 @@ def test_show_tells_what_a_copy_has_of_its_own(api: Served, run: Any) -> None:
         IdentityItem(Trait.MAC, True),
         IdentityItem(Trait.HOST_KEYS, False, "there is no ssh-keygen"),
     )
-    usage = replace(vm.usage, memory=Bytes(36 * MIB), shared=Bytes(256 * MIB))
+    # Its control group is charged for memory too that is there for all of its relatives.
+    sizes = {"memory": 300 * MIB, "own": 36 * MIB, "shared": 256 * MIB, "promised": 164 * MIB}
+    usage = replace(vm.usage, **{name: Bytes(size) for name, size in sizes.items()})
     text = describe(replace(vm, identity=identity, forked_from="db", snapshot="1234", usage=usage), vm.created_at)
     assert "random, mac" in text
     assert "ssh-host-keys: there is no ssh-keygen" in text
     assert "goes on from 1234" in text
-    assert "36 MiB of memory, 256 MiB shared with its relatives" in text
+    assert "36 MiB of memory, 256 MiB shared with its relatives, 164 MiB of memory promised" in text
 
 
 def test_events_of_snapshots_are_lines(run: Any) -> None:
