@@ -59,7 +59,7 @@ async def test_as_many_wait_as_are_wanted_and_nobody_sees_them() -> None:
         await golden(life, 3)
         view = await seen(life)
         assert (view.snapshot.standby, view.standing_by, view.forks) == (3, 3, ())
-        assert view.standby_memory == 3 * (256 + 72) * MIB
+        assert view.standby_memory == 3 * (64 + 72) * MIB, "what they may write, and QEMU"
         assert [vm.name for vm in (await life.engine.views.vms()).items] == ["a"]
         for vm_id in await members(life):
             process = life.rig.world.processes[vm_id]
@@ -277,7 +277,7 @@ async def test_they_give_way_to_whoever_needs_their_memory() -> None:
         await golden(life, 4)
         assert (await seen(life)).standing_by == 4
         waiting = await members(life)
-        await create(life, "large", start=True, memory=Bytes(2 * GIB))
+        await create(life, "large", start=True, memory=Bytes(2600 * MIB))
         assert (await life.engine.views.vm("large")).observed.state is VmState.RUNNING
         await life.advance(FILLED_S)
         left = await members(life)
