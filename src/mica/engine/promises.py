@@ -49,7 +49,7 @@ async def _is_owned(env: Env, ledger: Ledger, id_: str) -> bool:
     for row in (await env.records.snapshots.scan()).values():
         if row.value.state in _OWNED and row.value.memory is not None and row.value.memory.ram == id_:
             owner = ledger.reserved.get(row.value.vm_id)
-            return owner is not None and owner.image != id_
+            return owner is not None and not owner.image
     return False
 
 

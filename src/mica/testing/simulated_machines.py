@@ -186,6 +186,7 @@ class SimulatedRamImages:
             if waiting.ram not in self._world.ram_images:
                 del self._world.ram_copies[waiting.ram]
                 self._world.ram_images[waiting.ram] = list(process.memory)
+                self._world.ram_sizes[waiting.ram] = (process.touched, None)
             self._held[waiting.ram] = None
             self._making.discard(waiting.ram)
 
