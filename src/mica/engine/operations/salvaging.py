@@ -17,8 +17,8 @@ import msgspec
 
 from mica.engine.damage import DAMAGE, check, closure, last_valid, read_parts, sound
 from mica.engine.definition import Context, Env, Proposal, Step
+from mica.engine.operations.keeping import layered_disks
 from mica.engine.operations.reserving import reserve
-from mica.engine.operations.snapshot_create import layered_disks
 from mica.engine.operations.starting import prepared
 from mica.engine.records import Claim, Draft
 from mica.engine.snapshots import part_id

@@ -12,8 +12,8 @@ import msgspec
 
 from mica.engine.admission import Ways
 from mica.engine.definition import Context, Definition, Proposal, Step
+from mica.engine.operations.keeping import layered_disks
 from mica.engine.operations.reserving import PROMISE, image_of, reserve
-from mica.engine.operations.snapshot_create import layered_disks
 from mica.engine.operations.starting import START
 from mica.engine.records import Draft
 from mica.engine.settle import moved, set_state, stopped, take_down

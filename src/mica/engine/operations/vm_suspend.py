@@ -12,15 +12,17 @@ from __future__ import annotations
 import msgspec
 
 from mica.engine.definition import Context, Definition, Env, NoParams, Proposal, Step
+from mica.engine.operations import keeping
 from mica.engine.operations import snapshot_create as taking
-from mica.engine.operations.snapshot_create import Held, Look, Take
+from mica.engine.operations.capturing import Held, Look, snapshot_id, snapshot_of, status_of
+from mica.engine.operations.snapshot_create import Take
 from mica.engine.records import Draft
 from mica.engine.settle import moved, set_state, stopped, take_down
 from mica.engine.snapshots import part_id, sweep
 from mica.model.errors import Code, MicaError
-from mica.model.snapshot import PartKind, Snapshot, SnapshotKind
+from mica.model.snapshot import PartKind, SnapshotKind
 from mica.model.transitions import LIVE, VmVerb
-from mica.model.vm import Power, Suspended, VmRuntime, VmState, VmStatus
+from mica.model.vm import Power, Suspended, VmRuntime, VmState
 from mica.ports.hypervisor import RunState, StatefulMachine
 
 replace = msgspec.structs.replace
@@ -33,20 +35,8 @@ async def plan(proposal: Proposal) -> None:
     await taking.note(proposal, Take(kind=SnapshotKind.SUSPEND), replace(proposal.vm.value, intent=Power.SUSPENDED))
 
 
-def _id(context: Context) -> str:
-    return str(context.operation.params["snapshot_id"])
-
-
-async def _snapshot(context: Context) -> Snapshot:
-    return (await context.env.records.snapshots.need(_id(context))).value
-
-
-async def _status(context: Context) -> VmStatus:
-    return (await context.env.records.statuses.need(context.vm_id)).value
-
-
 async def _running(context: Context) -> tuple[StatefulMachine, VmRuntime]:
-    machine, runtime = await context.env.machines.attach(context.vm_id), (await _status(context)).runtime
+    machine, runtime = await context.env.machines.attach(context.vm_id), (await status_of(context)).runtime
     if machine is None or runtime is None:
         name = context.operation.target_name
         raise MicaError(Code.STATE_CONFLICT, f"VM {name} has ended meanwhile", hint="there is nothing to suspend")
@@ -55,7 +45,7 @@ async def _running(context: Context) -> tuple[StatefulMachine, VmRuntime]:
 
 async def undo_record(context: Context) -> None:
     """Nobody begins at the memory of a suspended VM but itself: what was kept of it goes at once."""
-    env, id_ = context.env, _id(context)
+    env, id_ = context.env, snapshot_id(context)
     row = await env.records.statuses.get(context.vm_id)
     if row is not None and row.value.suspended is not None and row.value.suspended.snapshot == id_:
         return
@@ -94,15 +84,15 @@ async def hold(context: Context) -> Held:
     machine, runtime = await _running(context)
     await machine.pause()
     await set_state(env, context.vm_id, lambda o: moved(env, o, VmState.PAUSED, "it is being suspended"))
-    await taking.write_rows(context, await _snapshot(context), runtime.spec, [], found, runtime)
+    await keeping.write_rows(context, await snapshot_of(context), runtime.spec, [], found, runtime)
     await _hold_ram(context)
-    captured = await machine.capture(await env.parts.scratch(_id(context)))
+    captured = await machine.capture(await env.parts.scratch(snapshot_id(context)))
     return Held(at=env.clock.monotonic(), captured=captured)
 
 
 async def _hold_ram(context: Context) -> None:
     """Where the RAM is the machine's own it is an image from here on, also after the daemon has died."""
-    runtime, memory = (await _status(context)).runtime, (await _snapshot(context)).memory
+    runtime, memory = (await status_of(context)).runtime, (await snapshot_of(context)).memory
     if context.output("look", Look).own and runtime is not None and memory is not None:
         await context.env.ram.hold(runtime, memory.ram)
 
@@ -124,17 +114,17 @@ async def undo_hold(context: Context) -> None:
 
 
 async def save(context: Context) -> None:
-    memory = (await _snapshot(context)).memory
+    memory = (await snapshot_of(context)).memory
     assert memory is not None
     if memory.ram not in await context.env.parts.present():
         await _hold_ram(context)
-    await taking.save(context)
+    await keeping.save(context)
 
 
 async def down(context: Context) -> None:
     """The memory is on disk: the machine ends, and with it what it held of the host's memory."""
     env, vm_id = context.env, context.vm_id
-    status, snapshot = await _status(context), await _snapshot(context)
+    status, snapshot = await status_of(context), await snapshot_of(context)
     if status.observed.state in LIVE:
         # While it stood still its disks were written out.
         await take_down(env, vm_id, clean=True)
@@ -182,9 +172,9 @@ STEPS = (
     Step("record", taking.record, undo_record, words="noting it"),
     Step("look", look, words="looking at the machine"),
     Step("hold", hold, undo_hold, cancellable=False, words="taking its state"),
-    Step("keep", taking.keep, cancellable=False, words="keeping its state"),
+    Step("keep", keeping.keep, cancellable=False, words="keeping its state"),
     Step("save", save, timeout_s=7200.0, words="writing its memory to disk"),
-    Step("finish", taking.finish, cancellable=False, words="marking it complete"),
+    Step("finish", keeping.finish, cancellable=False, words="marking it complete"),
     Step("down", down, undo_down, cancellable=False, words="ending the machine"),
 )
 GIVE_UP = Step("give-up", give_up, cancellable=False, words="giving up its memory")
