@@ -14,7 +14,7 @@ from mica.model.image import Firmware
 from mica.model.operation import OperationState
 from mica.model.snapshot import Snapshot, SnapshotKind
 from mica.model.units import GIB, MIB, Bytes
-from mica.model.views import SnapshotRestore, SnapshotSet, VmCreate, VmDelete, VmFork, VmStart
+from mica.model.views import SnapshotRestore, SnapshotSet, VmCreate, VmDelete, VmFork, VmSet, VmStart, VmStop
 from mica.model.vm import DiskSpec, VmState
 from mica.testing.harness import BY, Life, Rig
 from mica.testing.simulated import Behaviour
@@ -224,6 +224,21 @@ async def test_many_forks_come_all_or_none_and_their_moment_passes() -> None:
         with pytest.raises(MicaError) as caught:
             await forking.fork(life.engine, "a", VmFork(count=0), by=BY)
         assert caught.value.code is Code.INVALID
+
+
+async def test_a_vm_whose_memory_was_frozen_may_write_all_of_it_anew() -> None:
+    """The group stays charged for what is an image now."""
+    async with living() as life:
+        vm_id = await running(life)
+        spec = (await life.engine.views.vm("a")).spec
+        first = life.rig.world.slices[vm_id].memory
+        assert first is not None
+        await fork(life)
+        assert life.rig.world.slices[vm_id].memory == first + spec.memory
+        await do(life, "vm.set", "a", VmSet(cpu_limit=0.5))
+        assert life.rig.world.slices[vm_id].memory == first + spec.memory
+        await do(life, "vm.restart", "a", VmStop(force=True))
+        assert life.rig.world.slices[vm_id].memory == first
 
 
 async def test_a_fork_whose_daemon_died_finds_the_memory_that_only_its_parent_has() -> None:

@@ -6,7 +6,7 @@ import msgspec
 
 from mica.engine.definition import Context, Env, from_plain
 from mica.engine.operations import folding
-from mica.engine.operations.starting import plan_launch
+from mica.engine.operations.starting import plan_launch, slice_limits
 from mica.engine.promises import due
 from mica.engine.records import Draft
 from mica.engine.snapshots import part_id
@@ -267,6 +267,8 @@ async def _swap(context: Context, second: VmRuntime) -> None:
             words = (await env.hypervisor.autopsy(second)).last_words
             raise MicaError(Code.QEMU_FAILED, f"the machine that was to go on has ended: {words}", retryable=True)
         env.machines.detach(vm_id)
+        if second.slice:
+            await env.slices.update(second.slice, slice_limits(second.spec, second.overhead, frozen=True))
         await _hand_over(env, vm_id, second)
     await env.hypervisor.retire(vm_id, second.incarnation - 1)
     await env.guests.moved(vm_id, second)

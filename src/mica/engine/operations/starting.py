@@ -28,11 +28,15 @@ log = structlog.get_logger()
 replace = msgspec.structs.replace
 
 
-def slice_limits(spec: VmSpec, overhead: int) -> SliceLimits:
-    """What the VM's control group enforces: its vCPUs' worth of processor, its RAM and QEMU's own memory."""
+def slice_limits(spec: VmSpec, overhead: int, *, frozen: bool = False) -> SliceLimits:
+    """What the VM's control group enforces: its vCPUs' worth of processor, its RAM and QEMU's own memory.
+
+    ``frozen``: what was its RAM is an image below the present one. The group stays charged for that (Linux,
+    Documentation/admin-guide/cgroup-v2.rst, "Memory Ownership"), and the guest may come to write all of its RAM anew.
+    """
     # QEMU's own threads (devices, block layer) share the group with the vCPUs; half a processor keeps them alive.
     cpus = spec.cpu_limit if spec.cpu_limit is not None else spec.cpus + 0.5
-    return SliceLimits(cpus, Bytes(spec.memory + 2 * overhead))
+    return SliceLimits(cpus, Bytes(spec.memory * (2 if frozen else 1) + 2 * overhead))
 
 
 async def _vm(context: Context) -> Vm:

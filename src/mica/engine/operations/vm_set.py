@@ -145,7 +145,8 @@ async def _apply(context: Context, spec: VmSpec) -> None:
     if status.runtime.slice:
         # vCPUs and RAM of the running machine are those it was started with; only the ceiling moves now.
         live = replace(status.runtime.spec, cpu_limit=spec.cpu_limit)
-        await env.slices.update(status.runtime.slice, slice_limits(live, env.hypervisor.overhead(live)))
+        limits = slice_limits(live, env.hypervisor.overhead(live), frozen=status.runtime.incarnation > 0)
+        await env.slices.update(status.runtime.slice, limits)
 
 
 async def apply(context: Context) -> list[str]:
