@@ -9,15 +9,16 @@ from __future__ import annotations
 from mica.engine.definition import Env
 from mica.engine.operations.forecasting import LONG_PAUSE_S, expected_pause
 from mica.model.snapshot import SnapshotKind
-from mica.model.units import GIB
+from mica.model.units import GIB, MIB
 from mica.model.vm import VmRuntime
 from mica.ports.hypervisor import StatefulMachine
 
 # After these a machine goes on, and nobody waits for them: forks do for their moment, going back for what it keeps.
 _KINDS = frozenset({SnapshotKind.USER, SnapshotKind.SCHEDULE, SnapshotKind.TEMPLATE})
-# The share of what a RAM image holds that may change before there is a new one; and the least for which there is one
-# where the pause would be long. With less, as on a large machine that is busy, it would be copied again and again.
-_SHARE, _LEAST = 0.5, 0.25
+# A copy has all that the image holds, so it is worth its while when as much has changed. Where the pause would be long
+# it is from what a usual host writes down in a short one, if that is more than a little of the machine: with less, a
+# large machine that is busy would be copied again and again. Bytes, and a share of the image.
+_MUCH, _LEAST = 150 * MIB, 0.25
 # What stays free on the host beside a copy. Bytes.
 _SPARE = GIB // 2
 
@@ -31,7 +32,7 @@ async def worth(env: Env, kind: SnapshotKind, runtime: VmRuntime, machine: State
         return False
     now = await machine.forecast()
     long = await expected_pause(env, now.changed) > LONG_PAUSE_S
-    if now.changed < now.ram * (_LEAST if long else _SHARE):
+    if now.changed < (min(now.ram, max(_MUCH, now.ram * _LEAST)) if long else now.ram):
         return False
     copy = min(now.ram + now.changed, runtime.spec.memory)
     return env.host.capacity().available >= copy + env.hypervisor.overhead(runtime.spec) + _SPARE
